@@ -1,0 +1,108 @@
+"""Reads state dicts of published and own checkpoints safely, and tells what they hold."""
+
+import argparse
+import hashlib
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from models.operators import OPERATORS
+
+SLOTS = {"mha": "attn", "mlp": "mlp"}  # the operator table's slot -> the block's attribute
+NESTINGS = ("ema", "model", "state_dict")  # in this order, so that averages win over raw weights
+WRAPPERS = ("module.", "_orig_mod.")  # prefixes that DDP and torch.compile leave in names
+
+State = Mapping[str, torch.Tensor]
+
+
+def read_state(path: str | Path) -> dict[str, torch.Tensor]:
+    """The flat state dict of a weight file; see `read_checkpoint`."""
+    return read_checkpoint(path)[0]
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict | None]:
+    """The flat state dict of a `.pt`, `.pth` or `.safetensors` file, on the CPU, and its plan.
+
+    Nesting under `ema`, `model` or `state_dict` and prefixes of DDP and torch.compile are taken
+    off. Pickles open with `weights_only=True`; of other classes only `argparse.Namespace`, which
+    DiT's and the released grafts' files carry, is let in. The plan is what this repository's
+    checkpoints say of the model's architecture; other files have None.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: torn, holding other Python objects, or holding no tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"weights {path}: no such file")
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    plan = content.get("plan") if isinstance(content, dict) else None
+    for key in NESTINGS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"weights {path} hold no state dict (found {type(content).__name__})")
+    state = {}
+    for name, tensor in content.items():
+        if not torch.is_tensor(tensor):
+            kind = type(tensor).__name__
+            raise ValueError(f"weights {path}: entry {name!r} is of type {kind}, not a tensor")
+        for wrapper in WRAPPERS:
+            name = name.replace(wrapper, "")
+        state[name] = tensor
+    return state, plan
+
+
+def _read_safetensors(path: Path) -> dict:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"weights {path} cannot be read (torn?): {error}") from error
+
+
+def _read_pickle(path: Path) -> object:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(
+            f"weights {path} is refused: torn, or holding more than plain tensors ({first})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"weights {path} cannot be read (torn?): {error}") from error
+
+
+def file_sha256(path: str | Path) -> str:
+    """sha256 of a file's bytes, hexadecimal."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def depth_of(state: State) -> int:
+    """Number of blocks in a state dict."""
+    blocks = {int(m.group(1)) for m in (re.match(r"blocks\.(\d+)\.", n) for n in state) if m}
+    return max(blocks) + 1 if blocks else 0
+
+
+def tensors_at(state: State, block: int, slot: str) -> dict[str, torch.Tensor]:
+    """The tensors of one slot of one block, by their names inside the operator."""
+    prefix = f"blocks.{block}.{SLOTS[slot]}."
+    return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+
+
+def operator_of(tensors: State, slot: str) -> str | None:
+    """The operator whose names these tensors bear, or None when no operator of the slot does."""
+    names = set(tensors)
+    for operator, spec in OPERATORS.items():
+        if spec.slot == slot and spec.tensors <= names <= spec.tensors | spec.optional_tensors:
+            return operator
+    return None

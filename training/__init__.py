@@ -1,0 +1,1 @@
+"""What every training entry needs: processes, precision, optimiser, averages, checkpoints, logs."""

@@ -1,0 +1,130 @@
+"""One process or many: the same calls with and without torchrun, on CPU (gloo) and CUDA (nccl)."""
+
+import os
+import sys
+import traceback
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all processes of a run.
+
+    Attributes:
+        rank: 0..size-1 over all nodes; rank 0 alone writes logs and checkpoints.
+        local_rank: 0..(processes on this node)-1; picks the GPU.
+        size: number of processes.
+        device: where this process computes.
+    """
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+def start(device: str | None = None, timeout_minutes: float = 30.0) -> World:
+    """Joins the process group that torchrun described, or stands alone when there is none.
+
+    Args:
+        device: "cuda", "cuda:1" (single process only), "cpu", or None for CUDA where there is any.
+        timeout_minutes: how long a collective may wait before the run fails.
+
+    Raises:
+        ValueError: CUDA was asked for and is not there, or a node has fewer GPUs than processes.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    target = torch.device(kind)
+    if target.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device {kind}: no CUDA device is visible; use --device cpu")
+        if target.index is not None and size > 1:
+            raise ValueError(
+                f"--device {kind} names one GPU but torchrun started {size} processes; "
+                "use --device cuda and CUDA_VISIBLE_DEVICES"
+            )
+        index = target.index if target.index is not None else local_rank
+        if index >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {local_rank} of this node wants GPU {index} but only "
+                f"{torch.cuda.device_count()} are visible; lower --nproc_per_node"
+            )
+        target = torch.device("cuda", index)
+        torch.cuda.set_device(target)
+    if size > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
+        dist.init_process_group(
+            "nccl" if target.type == "cuda" else "gloo",
+            timeout=timedelta(minutes=timeout_minutes),
+            device_id=target if target.type == "cuda" else None,
+        )
+    return World(rank, local_rank, size, target)
+
+
+def stop() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier(world: World) -> None:
+    """Waits until every process is here."""
+    if world.size > 1:
+        dist.barrier()
+
+
+def sum_across(world: World, tensor: torch.Tensor) -> torch.Tensor:
+    """Sums `tensor` over all processes, in place, and returns it."""
+    if world.size > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+    return tensor
+
+
+def gather_objects(world: World, value: object) -> list:
+    """Every process's `value` (plain Python data), in rank order, on every process."""
+    if world.size == 1:
+        return [value]
+    values: list = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(world: World, value: object) -> object:
+    """Rank 0's `value` (plain Python data) on every process."""
+    if world.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def run(main: Callable[[Namespace], None], args: Namespace) -> None:
+    """Calls an entry's `main`; bad input ends it with one line and exit code 2.
+
+    Bad input is a ValueError or FileNotFoundError that this repository's own code raised; anything
+    else keeps its traceback.
+    """
+    try:
+        main(args)
+    except (ValueError, FileNotFoundError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if REPOSITORY not in raised_in.resolve().parents or "site-packages" in raised_in.parts:
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,40 @@
+"""Exponential moving average of the trainable parameters; frozen ones need none."""
+
+import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+
+class Ema:
+    """avg <- decay * avg + (1 - decay) * parameter, after each step, in float32.
+
+    Args:
+        model: the module whose parameters with `requires_grad` are averaged (unwrapped: no DDP).
+        decay: 0..1; 0.9999 keeps about the last 10 000 steps.
+    """
+
+    def __init__(self, model: torch.nn.Module, decay: float) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"--ema-decay {decay}: must be at least 0 and below 1")
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.model = model
+        self.names = list(trained)
+        self._live = [p.detach() for p in trained.values()]
+        self.averages = [p.detach().clone() for p in trained.values()]
+        self._update = get_ema_multi_avg_fn(decay)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """One averaging step towards the model's present parameters."""
+        self._update(self.averages, self._live, 0)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The whole model's state with the averages in place of the trained tensors."""
+        state = self.model.state_dict()
+        state.update(zip(self.names, self.averages, strict=True))
+        return {name: tensor.detach() for name, tensor in state.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Takes the averages back from what `state_dict` gave."""
+        for name, average in zip(self.names, self.averages, strict=True):
+            average.copy_(state[name])

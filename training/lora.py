@@ -1,0 +1,39 @@
+"""Low-rank updates of frozen linear layers (LoRA, arXiv 2106.09685), by the peft library."""
+
+import torch
+
+
+def add_lora(model: torch.nn.Module, rank: int, alpha: float, exclude: str) -> list[str]:
+    """Freezes `model` and gives every linear layer a LoRA update, in place.
+
+    Args:
+        rank: rank of the updates; at least 1.
+        alpha: the update is scaled by alpha / rank.
+        exclude: linears with this text in their name are left alone (and frozen like the rest).
+
+    Returns:
+        Names of the layers that received an update.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and exclude not in f".{name}."
+    ]
+    if rank < 1:
+        raise ValueError(f"--lora-rank {rank}: must be at least 1")
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0)
+    inject_adapter_in_model(config, model)
+    return names
+
+
+def merge_lora(model: torch.nn.Module) -> None:
+    """Folds every update into its linear layer and removes the adapters, in place."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())

@@ -1,0 +1,86 @@
+"""AdamW, learning-rate schedules, and a step that every process takes or skips together."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+
+def adamw(groups: list[dict], weight_decay: float) -> torch.optim.AdamW:
+    """Fused AdamW (CPU and CUDA) over parameter groups that each carry their own `lr`."""
+    return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
+
+
+def schedule(
+    optimizer: torch.optim.Optimizer,
+    kind: str,
+    *,
+    total_steps: int,
+    warmup_steps: int = 0,
+    end_factor: float = 0.5,
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Learning rate over steps, as a factor on each group's own.
+
+    Linear from 0 over `warmup_steps`, then "constant", or "cosine" down to `end_factor` at
+    `total_steps`.
+    """
+    if kind not in ("constant", "cosine"):
+        raise ValueError(f"--lr-schedule {kind}: use constant or cosine")
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        if kind == "constant":
+            return 1.0
+        done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        return end_factor + (1.0 - end_factor) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+class StepGuard:
+    """Clips, then steps unless the gradient is not finite; no transfer to the host in a step.
+
+    Gradients are averaged over processes before the norm is taken, so a NaN on one process is a
+    NaN on all: all skip together, and parameters, moments and step counts stay identical.
+
+    Args:
+        optimizer: a fused AdamW.
+        max_norm: gradient-norm clip; None leaves gradients alone.
+        patience: skipped steps in a row after which `check` raises.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.AdamW, max_norm: float | None, patience: int = 20
+    ) -> None:
+        self.optimizer = optimizer
+        self.max_norm = math.inf if max_norm is None else max_norm
+        self.patience = patience
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        device = self.parameters[0].device
+        self.skipped = torch.zeros((), device=device)
+        self._in_a_row = torch.zeros((), device=device)
+
+    def step(self) -> torch.Tensor:
+        """One optimiser step; returns the gradient norm before clipping, 0-d."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+        bad = (~torch.isfinite(norm)).float()
+        self.optimizer.found_inf = bad
+        self.optimizer.step()
+        self.skipped += bad
+        self._in_a_row.add_(bad).mul_(bad)
+        return norm
+
+    def check(self, step: int) -> int:
+        """Number of skipped steps so far (waits for the device); raises after too many in a row."""
+        if self._in_a_row.item() >= self.patience:
+            raise RuntimeError(
+                f"step {step}: the gradient was not finite for {self.patience} steps in a row; "
+                "lower --lr, add --warmup-steps, or look at the data"
+            )
+        return int(self.skipped.item())
+
+
+def count(parameters: Iterable[torch.nn.Parameter]) -> int:
+    """Number of scalars in `parameters`."""
+    return sum(p.numel() for p in parameters)
