@@ -1,0 +1,156 @@
+"""Scores generated images against a reference: the Frechet distance, by a named protocol.
+
+Inputs:  REFERENCE, an .npz with mu and sigma (ADM's reference batch, pytorch-fid's, or one that
+         --save-stats made), an image folder, or an .npz with arr_0; SAMPLES, an image folder or
+         an .npz with arr_0. Folders are read with all folders below them.
+Outputs: metrics.json (in the sample folder, or <name>.metrics.json beside <name>.npz) with the
+         scores and all that they depend on; a table row; with --save-stats the statistics of
+         REFERENCE as an .npz, for which SAMPLES may be left out.
+
+    python evaluate_fid.py VIRTUAL_imagenet256_labeled.npz samples/<name>.npz --protocol adm
+    python evaluate_fid.py data/mini/train samples/<name> --feature-net mini
+    torchrun --nnodes=1 --nproc_per_node=4 evaluate_fid.py data/imagenet/train samples/<name>
+
+--feature-net inception gives `fid`, by protocol pytorch-fid or adm (see evaluation/inception.py);
+--feature-net mini gives `fd_mini` of the 64x64 miniature testbed, which is no FID. The number
+falls as the number of samples grows: compare at equal N only.
+"""
+
+import argparse
+import os
+from collections import Counter
+from pathlib import Path
+
+from tqdm import tqdm
+
+from evaluation.features import Statistics, gather_stats, is_stats, load_stats, save_stats
+from evaluation.inception import PROTOCOLS, InceptionFeatures
+from evaluation.metrics import frechet_distance
+from evaluation.mini_net import MiniFeatures
+from evaluation.readers import batches, conversion_note, open_images
+from evaluation.report import (
+    build_report,
+    default_output,
+    describe_input,
+    find_doubts,
+    samples_record,
+    table,
+)
+from evaluation.writers import write_json
+from training import distributed, precision
+from training.runlog import watched
+
+
+def main(args: argparse.Namespace) -> None:
+    # Processes, and all that can be wrong before any work starts
+    world = distributed.start(args.device)
+    precision.allow_tf32(False)  # TF32 convolutions move an FID in its third digit
+    if args.samples is None and args.save_stats is None:
+        raise ValueError("SAMPLES is missing (only --save-stats goes without)")
+    if args.batch_size < 1 or args.num_workers < 1:
+        raise ValueError("--batch-size and --num-workers must be at least 1")
+    notes = []
+
+    # Feature network
+    if args.feature_net == "mini":
+        if args.protocol is not None or args.inception_weights is not None:
+            raise ValueError("--protocol and --inception-weights are of --feature-net inception")
+        net = MiniFeatures(device=world.device)
+    else:
+        protocol = args.protocol or PROTOCOLS[0]
+        net = InceptionFeatures(protocol, args.inception_weights, world.device)
+
+    # Samples are opened first: a wrong path should not cost a pass over the reference
+    samples = open_images(args.samples) if args.samples is not None else None
+
+    def statistics_of(images, role: str) -> Statistics:
+        """One pass over this process's share of the images, summed over all processes."""
+        modes = Counter()
+        stream = batches(
+            images,
+            args.batch_size,
+            share=(world.rank, world.size),
+            num_workers=args.num_workers,
+            modes=modes,
+        )
+        total = -(-len(images) // (args.batch_size * world.size))
+        bar = tqdm(stream, role, total=total, unit="batch", disable=not watched(world))
+        stats = gather_stats(net, bar, world.device)
+        stats.sum_over(lambda tensor: distributed.sum_across(world, tensor))
+        for other in distributed.gather_objects(world, modes)[1:]:
+            modes.update(other)
+        if note := conversion_note(modes):
+            notes.append(f"{role} {note}")
+            if world.main:
+                print(f"note: {notes[-1]}")
+        return Statistics(stats.mean.cpu().numpy(), stats.sigma.cpu().numpy(), stats.count)
+
+    # Reference
+    files = None
+    if is_stats(args.reference):
+        reference = load_stats(args.reference, net)
+    else:
+        images = open_images(args.reference)
+        files = len(images)
+        reference = statistics_of(images, "reference")
+    if args.save_stats is not None and world.main:
+        save_stats(args.save_stats, reference, net, source=str(args.reference))
+        print(f"wrote {args.save_stats}: {reference.count or 'unknown'} images, {net.protocol}")
+
+    # Samples, score, report
+    if samples is not None:
+        scored = statistics_of(samples, "samples")
+        if world.main:
+            distance = frechet_distance(scored.mu, scored.sigma, reference.mu, reference.sigma)
+            record = samples_record(args.samples)
+            doubts = find_doubts(
+                net,
+                args.reference,
+                reference.count,
+                scored.count,
+                record,
+                samples_hold_stats=is_stats(args.samples),
+            )
+            report = build_report(
+                net,
+                {net.metric: distance},
+                reference=describe_input(args.reference, files),
+                num_reference=reference.count,
+                samples=describe_input(args.samples, len(samples)),
+                num_samples=scored.count,
+                record=record,
+                notes=notes,
+                doubts=doubts,
+            )
+            output = args.output or default_output(args.samples)
+            write_json(output, report)
+            for doubt in doubts:
+                print(f"warning: {doubt}")
+            print(table(report))
+            print(f"wrote {output}")
+    distributed.barrier(world)
+    distributed.stop()
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("reference", metavar="REFERENCE", type=Path, help="statistics, folder or .npz of images")
+    add("samples", metavar="SAMPLES", type=Path, nargs="?", help="folder or .npz of images")
+    add("--feature-net", choices=["inception", "mini"], default="inception", help="whose features")
+    add("--protocol", choices=PROTOCOLS, help="of Inception (default pytorch-fid)")
+    add("--inception-weights", type=Path, help="weight file (default: pretrained/, then download)")
+    add("--batch-size", type=int, default=64, help="images at a time on a process (default 64)")
+    add("--num-workers", type=int, default=min(8, os.cpu_count() or 1), help="reading threads")
+    add("--device", help="cuda, cuda:1 or cpu (default: CUDA where there is any)")
+    add("--output", type=Path, help="where metrics.json goes")
+    add("--save-stats", type=Path, help="writes REFERENCE's statistics to this .npz")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    distributed.run(main, parse_args())

@@ -1,0 +1,1 @@
+"""Scores of generated images: readers, feature networks, statistics and the report."""

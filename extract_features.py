@@ -1,0 +1,246 @@
+r"""Encodes an image folder once: the VAE's posterior moments of every image and its mirror.
+
+Inputs:  an image folder, <data-path>/<class>/<picture>, and a VAE (ema, mse or a diffusers folder).
+Outputs: <features-path>/manifest.json, shards/ and log.txt: the latent store that
+         finetune_tinyfusion.py and the other trainers read (latents/store.py describes it).
+
+    torchrun --nnodes=1 --nproc_per_node=8 extract_features.py \
+        --data-path /data/imagenet/train --features-path data/imagenet_encoded
+
+Moments are stored, not samples: training draws a new latent from the posterior, and one of the two
+mirrors, in every epoch. The bytes do not depend on the number of processes (of one kind of device).
+A run that was cut short goes on where it stopped: repeat the command. The same command runs without
+torchrun, on CPU or GPU; several nodes need a shared --features-path.
+"""
+
+import argparse
+import time
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from diffusion import noise
+from latents.codec import Codec, load_codec
+from latents.images import ImageFolder, collate
+from latents.store import StoreWriter
+from training import distributed, precision
+from training.runlog import RunLog, watched
+
+
+def main(args: argparse.Namespace) -> None:
+    # Processes, pictures, VAE: all that can be wrong before any work starts
+    world = distributed.start(args.device, timeout_minutes=240)
+    dtype = precision.choose(args.precision, world.device)
+    precision.allow_tf32(dtype != torch.float32)
+    pictures = ImageFolder(args.data_path, args.image_size)
+    classes = len(pictures.class_names)
+    if classes > args.num_classes:
+        raise ValueError(
+            f"--data-path {args.data_path} has {classes} class folders, more than --num-classes "
+            f"{args.num_classes}; raise it or choose another folder"
+        )
+    codec = load_codec(args.vae, world.device, dtype)
+    if args.image_size % codec.downsample:
+        raise ValueError(
+            f"--image-size {args.image_size} is not divisible by {codec.downsample}, the "
+            f"downsampling of --vae {args.vae}"
+        )
+
+    # Store: what is there already is checked, what is missing is shared out
+    writer = StoreWriter(args.features_path, describe(args, pictures, codec, dtype))
+    shares = distributed.gather_objects(
+        world, writer.missing(range(world.rank, writer.num_shards, world.size))
+    )
+    missing = sorted(sum(shares, []))
+    if world.main:
+        writer.begin(missing)
+    distributed.barrier(world)
+    log = RunLog(args.features_path, world, vars(args), tensorboard=False)
+    log.info(
+        f"{len(pictures):,} images of {classes} classes in {args.data_path}; {writer.num_shards} "
+        f"shards, {len(missing)} to do on {world.size} x {world.device.type}, {dtype}"
+    )
+    if classes < args.num_classes:
+        log.info(f"{classes} class folders, fewer than --num-classes {args.num_classes}: a subset?")
+
+    # Encoding: batches never cross a shard, so a shard's bytes depend on its pictures alone
+    batches = [
+        (shard, rows[first : first + args.global_batch_size])
+        for shard in missing[world.rank :: world.size]
+        for rows in [writer.rows(shard)]
+        for first in range(0, len(rows), args.global_batch_size)
+    ]
+    loader = DataLoader(
+        pictures,
+        batch_sampler=[list(rows) for _, rows in batches],
+        num_workers=min(args.num_workers, len(batches)),
+        collate_fn=collate,
+        pin_memory=world.device.type == "cuda",
+    )
+    bar = tqdm(total=sum(len(rows) for _, rows in batches), disable=not watched(world), unit="img")
+    arrays, labels, skipped = [], [], []
+    done, counted, since = 0, 0, time.perf_counter()
+    for step, ((shard, rows), batch) in enumerate(zip(batches, loader, strict=True), start=1):
+        images, batch_labels, positions, errors = batch
+        if errors and args.on_error == "fail":
+            raise ValueError(f"{errors[0]}; replace or remove it, or pass --on-error skip")
+        skipped += errors
+        if len(images):
+            arrays.append(encode(codec, images, positions, args))
+            labels.append(batch_labels)
+        if rows[-1] == writer.rows(shard)[-1]:
+            writer.write_shard(shard, *joined(arrays, labels, writer.settings), skipped)
+            arrays, labels, skipped = [], [], []
+        done += len(rows)
+        bar.update(len(rows))
+        if step % args.log_every == 0 or step == len(batches):
+            now = time.perf_counter()
+            rate = (done - counted) / (now - since)
+            log.info(f"rank 0: {done:,} images, {rate * world.size:.1f} images/s over all ranks")
+            log.metrics(step, images=done * world.size, images_per_second=rate * world.size)
+            counted, since = done, now
+    bar.close()
+
+    # Manifest last: from here on the folder is a store
+    distributed.barrier(world)
+    if world.main:
+        manifest = writer.finish()
+        log.info(f"{manifest['count']:,} images in {args.features_path}/manifest.json")
+        for sentence in manifest["skipped"]:
+            log.info(f"skipped: {sentence}")
+    distributed.barrier(world)
+    log.close()
+    distributed.stop()
+
+
+def encode(
+    codec: Codec, images: torch.Tensor, positions: torch.Tensor, args: argparse.Namespace
+) -> np.ndarray:
+    """uint8 images [b, 3, S, S] to fp16 rows of the store [b, mirrors, 2C or C, h, w]."""
+    x = images.to(codec.device, non_blocking=True).float() / 127.5 - 1
+    views = [x] if args.no_mirror else [x, x.flip(3)]
+    moments = codec.encode(torch.cat(views))  # [mirrors*b, 2C, h, w]
+    moments = moments.unflatten(0, (len(views), len(x))).transpose(0, 1)  # [b, mirrors, 2C, h, w]
+    if args.storage == "sample":
+        mean, logvar = moments.chunk(2, dim=2)
+        index = positions.to(codec.device)
+        draws = [
+            noise.normal(args.global_seed, noise.POSTERIOR, index, mean.shape[2:], step=mirror)
+            for mirror in range(len(views))
+        ]
+        moments = (mean + torch.exp(0.5 * logvar) * torch.stack(draws, dim=1)) * codec.scale
+    return moments.to(torch.float16).cpu().numpy()
+
+
+def joined(
+    arrays: list[np.ndarray], labels: list[np.ndarray], settings: dict
+) -> tuple[np.ndarray, np.ndarray]:
+    """A shard's batches as one array; of no rows when none of its pictures could be read."""
+    if arrays:
+        return np.concatenate(arrays), np.concatenate(labels)
+    channels, h, w = settings["shape"]
+    channels *= 2 if settings["kind"] == "moments" else 1
+    empty = np.empty((0, settings["mirrors"], channels, h, w), settings["dtype"])
+    return empty, np.empty(0, dtype=np.int64)
+
+
+def describe(
+    args: argparse.Namespace, pictures: ImageFolder, codec: Codec, dtype: torch.dtype
+) -> dict:
+    """What the manifest says of the whole store, and what a restart must agree with."""
+    side = args.image_size // codec.downsample
+    return {
+        "kind": args.storage,
+        "count": len(pictures),
+        "shard_size": args.shard_size,
+        "shape": [codec.channels, side, side],
+        "dtype": "float16",
+        "mirrors": 1 if args.no_mirror else 2,
+        "vae": codec.id,
+        "vae_sha256": codec.sha256,
+        "scale": codec.scale,
+        "image_size": args.image_size,
+        "crop": "adm-center",
+        "precision": str(dtype).removeprefix("torch."),
+        "seed": args.global_seed if args.storage == "sample" else None,
+        "listing_sha256": pictures.listing_sha256(),
+        "class_names": pictures.class_names,
+    }
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument_group("data").add_argument
+    add("--data-path", required=True, help="image folder, <class>/<picture> below it")
+    add("--features-path", default="features", help="latent store to write (default features)")
+    add("--image-size", type=positive, default=256, help="side of the crop, pixels (default 256)")
+    add(
+        "--num-classes",
+        type=positive,
+        default=1000,
+        help="classes of the model to come; more class folders are an error (default 1000)",
+    )
+    add(
+        "--on-error",
+        choices=("fail", "skip"),
+        default="fail",
+        help="unreadable pictures: end the run naming the file, or leave it out and list it in "
+        "the manifest (default fail)",
+    )
+    add = parser.add_argument_group("encoding").add_argument
+    add(
+        "--vae",
+        default="ema",
+        help="ema, mse (stabilityai/sd-vae-ft-*, from pretrained/ or the hub) or a diffusers "
+        "AutoencoderKL folder (default ema)",
+    )
+    add("--no-mirror", action="store_true", help="store the images only, half the space")
+    add(
+        "--storage",
+        choices=("moments", "sample"),
+        default="moments",
+        help="sample: one scaled draw an image and mirror, half the space, frozen for good "
+        "(default moments)",
+    )
+    add("--shard-size", type=positive, default=8192, help="images a shard (default 8192)")
+    add(
+        "--global-batch-size",
+        type=positive,
+        default=256,
+        help="images in one batch; every process takes batches of this size, so that the result "
+        "does not depend on their number (default 256)",
+    )
+    add("--global-seed", type=int, default=0, help="of --storage sample (default 0)")
+    add(
+        "--precision",
+        choices=("bf16", "fp32"),
+        help="of the VAE (default bf16 on CUDA, fp32 elsewhere)",
+    )
+    add("--device", help="cuda, cuda:1 or cpu (default cuda where there is one)")
+    add("--num-workers", type=int, default=4, help="decoding processes a rank (default 4)")
+    add("--log-every", type=positive, default=100, help="batches between log lines (default 100)")
+    add = parser.add_argument_group(
+        "accepted so that old commands run, and without effect on an extraction"
+    ).add_argument
+    add("--model", default="DiT-XL/2", help="the latents serve every model of their size")
+    add("--results-dir", default="results", help="the log goes to --features-path")
+    add("--epochs", type=int, default=1, help="every image is encoded once")
+    add("--ckpt-every", type=int, default=1, help="every shard is a restart point")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,149 @@
+"""The VAE between pixels and latents, behind the two calls that the pipeline makes of it."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+HUB_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+# Pixels that pass the network at once: bounds its memory whatever batch the caller holds. It is a
+# constant because another split of a batch may round differently.
+PASS_PIXELS = 64 * 256 * 256
+LOGVAR_RANGE = (-30.0, 20.0)  # diffusers clamps to it before it draws; finite in fp16
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A frozen AutoencoderKL (latent diffusion, arXiv 2112.10752).
+
+    Attributes:
+        scale: latents are multiplied by it for the diffusion model (0.18215 for sd-vae-ft-*).
+        downsample: pixels of a latent's side (8 for sd-vae-ft-*, 4 for the miniature VAE).
+        channels: C of the latents.
+        id: the VAE as it was asked for: "ema", "mse" or a folder.
+        sha256: of the weight file.
+    """
+
+    vae: torch.nn.Module
+    scale: float
+    downsample: int
+    channels: int
+    id: str
+    sha256: str
+    device: torch.device
+    dtype: torch.dtype
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.dtype != torch.float32
+        kind = self.dtype if enabled else torch.bfloat16
+        return torch.autocast(self.device.type, dtype=kind, enabled=enabled)
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [B, 3, H, W] in -1..1 to unscaled moments [B, 2C, h, w] float32: mean, logvar.
+
+        Raises ValueError when H or W is no multiple of `downsample`.
+        """
+        _, _, H, W = images.shape
+        if H % self.downsample or W % self.downsample:
+            raise ValueError(
+                f"images of {H}x{W} pixels: VAE {self.id} needs sides divisible by "
+                f"{self.downsample}; choose another image size"
+            )
+        parts = []
+        for part in images.split(max(1, PASS_PIXELS // (H * W))):
+            part = part.to(self.device, torch.float32, memory_format=torch.channels_last)
+            with self._autocast():
+                moments = self.vae.encode(part).latent_dist.parameters  # [b, 2C, h, w]
+            mean, logvar = moments.float().chunk(2, dim=1)
+            parts.append(torch.cat((mean, logvar.clamp(*LOGVAR_RANGE)), dim=1))
+        return torch.cat(parts).contiguous()
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Scaled latents [B, C, h, w] to uint8 images [B, H, W, 3] on the codec's device."""
+        _, _, h, w = latents.shape
+        parts = []
+        for part in latents.split(max(1, PASS_PIXELS // (h * w * self.downsample**2))):
+            part = part.to(self.device, torch.float32) / self.scale
+            with self._autocast():
+                images = self.vae.decode(part.contiguous(memory_format=torch.channels_last)).sample
+            images = (images.float() * 127.5 + 128.0).clamp(0, 255)  # -1..1; uint8 cuts, so rounds
+            parts.append(images.to(torch.uint8).permute(0, 2, 3, 1))
+        return torch.cat(parts).contiguous()
+
+
+def load_codec(
+    vae: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Codec:
+    """Opens a VAE for inference.
+
+    Args:
+        vae: "ema" or "mse" (stabilityai/sd-vae-ft-*: the folder pretrained/sd-vae-ft-<vae> where it
+            exists, else the hub), or a folder that diffusers' AutoencoderKL.save_pretrained wrote.
+        dtype: what the convolutions compute in (autocast); the weights stay float32.
+
+    Raises:
+        FileNotFoundError: no such folder or files, or the hub cannot be reached.
+        ValueError: the VAE's latents need more than one factor to be scaled.
+    """
+    from diffusers import AutoencoderKL
+
+    folder = _find_folder(str(vae))
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"VAE {vae}: {folder / name} is missing; put a diffusers AutoencoderKL folder "
+                f"({CONFIG} and {WEIGHTS}) there"
+            )
+    device = torch.device(device)
+    model = AutoencoderKL.from_pretrained(
+        folder, torch_dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False
+    )
+    if getattr(model.config, "shift_factor", None):
+        raise ValueError(
+            f"VAE {vae}: {folder / CONFIG} has shift_factor {model.config.shift_factor}; only VAEs "
+            "whose latents are scaled but not shifted (shift_factor null) are supported"
+        )
+    model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    with open(folder / WEIGHTS, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Codec(
+        vae=model,
+        scale=float(model.config.scaling_factor),
+        downsample=2 ** (len(model.config.block_out_channels) - 1),
+        channels=model.config.latent_channels,
+        id=str(vae),
+        sha256=digest,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _find_folder(vae: str) -> Path:
+    if vae not in HUB_NAMES:
+        folder = Path(vae)
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"VAE {vae}: no such folder; use ema, mse or a diffusers AutoencoderKL folder"
+            )
+        return folder
+    local = Path("pretrained") / f"sd-vae-ft-{vae}"
+    for folder in (local, REPOSITORY / local):
+        if folder.is_dir():
+            return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(HUB_NAMES[vae], allow_patterns=[CONFIG, WEIGHTS]))
+    except (OSError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"VAE {vae}: {local} does not exist and {HUB_NAMES[vae]} cannot be downloaded "
+            f"({type(error).__name__}); put its {CONFIG} and {WEIGHTS} into {local}"
+        ) from error

@@ -1,0 +1,129 @@
+"""Batches of a latent store: order = f(seed, epoch), whatever the world size or the first step."""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count
+from threading import Lock
+from typing import TYPE_CHECKING
+
+import torch
+
+from diffusion.noise import philox
+from latents.store import LatentStore
+
+if TYPE_CHECKING:
+    from training.distributed import World
+
+ORDER = 0  # Philox key word of the data order; the streams of diffusion.noise start at 1
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> torch.Tensor:
+    """A permutation of 0..n-1, int64 [n], that depends on n, seed and epoch (0..2**32-1) alone.
+
+    Each place draws a 62-bit number from Philox; sorting them gives the order. So it does not
+    hang on any library's random generator or its version.
+    """
+    place = torch.arange(n)
+    zero = torch.zeros_like(place)
+    high, low, _, _ = philox((zero, place, zero, zero + epoch), (seed, ORDER))
+    return torch.argsort(((high >> 1) << 31) | (low >> 1), stable=True)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's part of a global batch, b = global batch / world size.
+
+    Attributes:
+        step: global step, counted from the run's beginning. epoch: passes over the data before it.
+        index: places in the store, int64 [b].
+        moments: as LatentStore.read gives them, [b, mirrors, ...]. labels: int64 [b].
+    """
+
+    step: int
+    epoch: int
+    index: torch.Tensor
+    moments: torch.Tensor
+    labels: torch.Tensor
+
+
+class LatentLoader:
+    """Iterates endlessly from `start_step` over a store; every pass drops the last short batch.
+
+    Global batch k of an epoch is `epoch_order(...)[k * G : (k + 1) * G]`; rank r takes its r-th
+    contiguous slice. Batches are read ahead in threads and handed over on `world.device`.
+
+    Attributes:
+        store: the LatentStore. steps_per_epoch: len(store) // global_batch.
+
+    Raises:
+        ValueError: global_batch is not divisible by the world size or exceeds the store.
+    """
+
+    def __init__(
+        self,
+        store: LatentStore,
+        global_batch: int,
+        world: "World",
+        seed: int,
+        start_step: int = 0,
+        num_workers: int = 2,
+    ) -> None:
+        if global_batch < 1 or global_batch % world.size:
+            raise ValueError(
+                f"--global-batch-size {global_batch} is not divisible by the {world.size} "
+                f"processes; use a multiple of {world.size}"
+            )
+        if len(store) < global_batch:
+            raise ValueError(
+                f"{store.path} holds {len(store)} images, fewer than --global-batch-size "
+                f"{global_batch}; lower it"
+            )
+        self.store, self.world = store, world
+        self.global_batch, self.seed, self.start_step = global_batch, seed, start_step
+        self.num_workers = num_workers
+        self.steps_per_epoch = len(store) // global_batch
+        self._orders: dict[int, torch.Tensor] = {}
+        self._lock = Lock()
+
+    def _order(self, epoch: int) -> torch.Tensor:
+        with self._lock:
+            if epoch not in self._orders:
+                # What is dropped here and asked for again is made again, the same.
+                self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
+                self._orders[epoch] = epoch_order(len(self.store), self.seed, epoch)
+            return self._orders[epoch]
+
+    def indices(self, step: int) -> torch.Tensor:
+        """Places in the store of this process's part of global step `step`, int64 [b]."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        share = self.global_batch // self.world.size
+        first = k * self.global_batch + self.world.rank * share
+        return self._order(epoch)[first : first + share]
+
+    def _read(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        index = self.indices(step)
+        parts = index, self.store.read(index), torch.from_numpy(self.store.labels[index.numpy()])
+        if self.world.device.type == "cuda":
+            parts = tuple(part.pin_memory() for part in parts)
+        return parts
+
+    def _batch(self, step: int, parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> Batch:
+        index, moments, labels = (p.to(self.world.device, non_blocking=True) for p in parts)
+        return Batch(step, step // self.steps_per_epoch, index, moments, labels)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.num_workers < 1:
+            for step in count(self.start_step):
+                yield self._batch(step, self._read(step))
+        pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="latents")
+        pending: deque[tuple[int, Future]] = deque()
+        try:
+            for step in count(self.start_step):
+                pending.append((step, pool.submit(self._read, step)))
+                if len(pending) > 2 * self.num_workers:
+                    first, future = pending.popleft()
+                    yield self._batch(first, future.result())
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,507 @@
+"""The latent store: VAE moments of an image folder in shards that describe themselves.
+
+    <store>/manifest.json            written last; without it there is no store
+    <store>/settings.json            written first: what a restarted extraction must agree with
+    <store>/shards/00000.json        counts, sizes and sha256 of the shard's two arrays
+    <store>/shards/00000-moments.npy float16 [n, mirrors, 2C, h, w]: mean, logvar; unscaled
+    <store>/shards/00000-labels.npy  int64 [n]
+
+A store of kind "sample" holds <number>-latents.npy [n, mirrors, C, h, w] instead: latents already
+drawn and scaled. So does the old layout of one file an image, imagenet<size>_features/<i>.npy
+[mirrors, C, h, w] with imagenet<size>_labels/<i>.npy, which opens through the same class.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+
+from diffusion import noise
+
+FORMAT, VERSION = "latent-store", 1
+ARRAY_NAMES = {"moments": "moments", "sample": "latents"}  # kind -> what its arrays are called
+OLD_SCALE = 0.18215  # the old layout was only ever written with the sd-vae-ft-* VAEs
+OLD_NAME = re.compile(r"imagenet\d+_features")
+REQUIRED = ("version", "kind", "count", "shape", "dtype", "mirrors", "scale", "vae", "vae_sha256")
+REQUIRED += ("image_size", "crop", "class_names", "skipped", "shards")
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Writes a file that is there in full or not at all: temporary name, fsync, rename."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    finally:
+        os.close(folder)
+
+
+def _write_json(path: Path, value: dict) -> None:
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class StoreWriter:
+    """Writes a store shard by shard, in any order, from any number of processes.
+
+    Shard k holds the pictures `shard_size * k` and on of the listing, so its bytes depend neither
+    on who writes it nor on when. A restarted extraction asks `missing` what is left to do.
+
+    Args:
+        folder: the store; made when missing.
+        settings: plain data that goes into the manifest: kind, count (pictures listed), shard_size,
+            shape [C, h, w], dtype, mirrors, vae, vae_sha256, scale, image_size, crop, class_names,
+            and whatever else the bytes depend on.
+
+    Raises:
+        ValueError: the folder holds shards that other settings made.
+    """
+
+    def __init__(self, folder: str | Path, settings: dict) -> None:
+        self.folder, self.settings = Path(folder), settings
+        self.shards = self.folder / "shards"
+        self.num_shards = -(-settings["count"] // settings["shard_size"])
+        # The VAE's name may change (another mount); its hash may not.
+        same = {key: value for key, value in settings.items() if key != "vae"}
+        self._fingerprint = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
+        self._check_settings(same)
+
+    def _check_settings(self, same: dict) -> None:
+        path = self.folder / "settings.json"
+        if not path.is_file():
+            return
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for key, value in same.items():
+            if before.get(key) != value:
+                raise ValueError(
+                    f"{path}: {key} was {_short(before.get(key))} and is now {_short(value)}; "
+                    "choose another --features-path or delete this folder"
+                )
+
+    def begin(self, missing: list[int]) -> None:
+        """Makes the folder ready; one process, before any shard is written.
+
+        A manifest that vouches for the `missing` shards is taken back.
+        """
+        self.shards.mkdir(parents=True, exist_ok=True)
+        if missing:
+            (self.folder / "manifest.json").unlink(missing_ok=True)
+        _write_json(self.folder / "settings.json", self.settings)
+
+    def rows(self, shard: int) -> range:
+        """The places in the picture listing that a shard holds."""
+        size = self.settings["shard_size"]
+        return range(shard * size, min((shard + 1) * size, self.settings["count"]))
+
+    def missing(self, shards: Iterable[int]) -> list[int]:
+        """Those of `shards` that are not there, or not as their record says (size and sha256)."""
+        return [shard for shard in shards if not self._is_whole(shard)]
+
+    def _record_path(self, shard: int) -> Path:
+        return self.shards / f"{shard:05d}.json"
+
+    def _is_whole(self, shard: int) -> bool:
+        path = self._record_path(shard)
+        if not path.is_file():
+            return False
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record.pop("settings_sha256") != self._fingerprint:
+            return False
+        return _fault(self.folder, record, contents=True) is None
+
+    def write_shard(
+        self, shard: int, arrays: np.ndarray, labels: np.ndarray, skipped: list[str]
+    ) -> None:
+        """Writes one shard; its record comes last.
+
+        arrays [n, mirrors, 2C, h, w] (kind "sample": C) in the store's dtype, labels int64 [n];
+        skipped: a sentence on each picture that could not be read. Raises ValueError for other
+        shapes, or values that the dtype cannot hold.
+        """
+        channels, h, w = self.settings["shape"]
+        channels *= 2 if self.settings["kind"] == "moments" else 1
+        expected = (len(labels), self.settings["mirrors"], channels, h, w)
+        if arrays.shape != expected or arrays.dtype != self.settings["dtype"]:
+            raise ValueError(
+                f"shard {shard}: array {arrays.dtype} {list(arrays.shape)} is not "
+                f"{self.settings['dtype']} {list(expected)}"
+            )
+        if not np.isfinite(arrays).all():
+            raise ValueError(
+                f"shard {shard}: the VAE's output does not fit {arrays.dtype} (infinite or NaN); "
+                "rerun with --precision fp32"
+            )
+        self._record_path(shard).unlink(missing_ok=True)
+        record: dict = {"count": len(labels), "skipped": skipped}
+        for name, array in (
+            (ARRAY_NAMES[self.settings["kind"]], arrays),
+            ("labels", labels.astype(np.int64)),
+        ):
+            path = self.shards / f"{shard:05d}-{name}.npy"
+            write_whole(path, lambda file, array=array: np.save(file, array, allow_pickle=False))
+            record[name] = {
+                "file": path.relative_to(self.folder).as_posix(),
+                "bytes": path.stat().st_size,
+                "sha256": _sha256(path),
+            }
+        record["settings_sha256"] = self._fingerprint
+        _write_json(self._record_path(shard), record)
+
+    def finish(self) -> dict:
+        """Writes and returns the manifest; one process, once every shard is there.
+
+        Raises ValueError when a shard is not, or when not one picture could be read.
+        """
+        records, skipped = [], []
+        for shard in range(self.num_shards):
+            path = self._record_path(shard)
+            if not path.is_file():
+                raise ValueError(f"{path} is missing: unfinished extraction, rerun it")
+            record = json.loads(path.read_text(encoding="utf-8"))
+            record.pop("settings_sha256")
+            skipped += record.pop("skipped")
+            records.append(record)
+        count = sum(record["count"] for record in records)
+        if count == 0:
+            raise ValueError(f"{self.folder}: none of the {len(skipped)} pictures could be read")
+        manifest = {"format": FORMAT, "version": VERSION, **self.settings, "count": count}
+        manifest |= {"skipped": skipped, "shards": records}
+        _write_json(self.folder / "manifest.json", manifest)
+        return manifest
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _inside(folder: Path, name: str, source: Path) -> Path:
+    """A file that a manifest names; ValueError when it lies outside the store."""
+    path = folder / name
+    if Path(name).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{source}: file {name!r} lies outside the store; paths must stay inside")
+    return path
+
+
+def _fault(folder: Path, record: dict, contents: bool) -> str | None:
+    """What is wrong with a shard's files, or None; `contents` also checks their sha256."""
+    for part in record.values():
+        if not isinstance(part, dict):
+            continue
+        path = _inside(folder, part["file"], folder)
+        if not path.is_file():
+            return f"{path} is missing"
+        size = path.stat().st_size
+        if size != part["bytes"]:
+            return f"{path} has {size} bytes, its record says {part['bytes']}"
+        if contents and _sha256(path) != part["sha256"]:
+            return f"{path} differs from its sha256 {part['sha256'][:12]}"
+    return None
+
+
+class _Shards:
+    """Rows of a sharded store, through memory maps that are opened at first use."""
+
+    def __init__(self, folder: Path, manifest: dict) -> None:
+        self._name = ARRAY_NAMES[manifest["kind"]]
+        self._folder, self._records = folder, manifest["shards"]
+        C, h, w = manifest["shape"]
+        channels = 2 * C if manifest["kind"] == "moments" else C
+        self._row = (manifest["mirrors"], channels, h, w)
+        self._dtype = np.dtype(manifest["dtype"])
+        self._maps: dict[int, np.ndarray] = {}
+        counts = [record["count"] for record in self._records]
+        self._ends = np.cumsum(counts)
+        for record in self._records:
+            fault = _fault(folder, record, contents=False)
+            if fault is not None:
+                raise ValueError(f"{fault}: rerun extract_features.py to repair {folder}")
+        self.labels = np.concatenate([self._shard_labels(record) for record in self._records])
+
+    def _shard_labels(self, record: dict) -> np.ndarray:
+        path = self._folder / record["labels"]["file"]
+        labels = np.load(path, allow_pickle=False)
+        if labels.shape != (record["count"],) or labels.dtype != np.int64:
+            raise ValueError(
+                f"{path} holds {labels.dtype} {list(labels.shape)}, not int64 [{record['count']}]: "
+                "rerun extract_features.py"
+            )
+        return labels
+
+    def _map(self, shard: int) -> np.ndarray:
+        if shard not in self._maps:
+            record = self._records[shard]
+            path = self._folder / record[self._name]["file"]
+            rows = np.load(path, mmap_mode="r", allow_pickle=False)
+            if rows.shape != (record["count"], *self._row) or rows.dtype != self._dtype:
+                raise ValueError(
+                    f"{path} holds {rows.dtype} {list(rows.shape)}, not {self._dtype} "
+                    f"{[record['count'], *self._row]}: rerun extract_features.py"
+                )
+            self._maps[shard] = rows
+        return self._maps[shard]
+
+    def gather(self, indices: np.ndarray) -> np.ndarray:
+        out = np.empty((len(indices), *self._row), self._dtype)
+        shards = np.searchsorted(self._ends, indices, side="right")
+        for shard in np.unique(shards):
+            (places,) = np.nonzero(shards == shard)
+            rows = self._map(int(shard))
+            local = indices[places] - (self._ends[shard] - len(rows))
+            out[places] = rows[local]
+        return out
+
+    def verify(self) -> None:
+        for record in self._records:
+            fault = _fault(self._folder, record, contents=True)
+            if fault is not None:
+                raise ValueError(f"{fault}: rerun extract_features.py to repair {self._folder}")
+
+
+class _OldFiles:
+    """The old layout: one .npy an image, numbered, and one for its label."""
+
+    def __init__(self, features: Path, labels: Path) -> None:
+        self._features, self._label_folder = features, labels
+        if not labels.is_dir():
+            raise FileNotFoundError(f"{labels} is missing: {features} needs its labels beside it")
+        stems = [e.name[:-4] for e in os.scandir(features) if e.name.endswith(".npy")]
+        if not stems:
+            raise FileNotFoundError(f"{features} is empty: extract the features again")
+        odd = next((stem for stem in stems if not stem.isdigit()), None)
+        if odd is not None:
+            raise ValueError(f"{features / odd}.npy: the old layout's files are named 0.npy, 1.npy")
+        self._numbers = np.sort(np.array(stems, dtype=np.int64))
+        first = self._load(features / f"{self._numbers[0]}.npy")
+        if first.ndim != 4 or first.shape[0] not in (1, 2):
+            raise ValueError(
+                f"{features}/{self._numbers[0]}.npy is {list(first.shape)}, not "
+                "[mirrors 1 or 2, C, h, w]"
+            )
+        self.row, self.dtype = first.shape, first.dtype
+        with ThreadPoolExecutor(8) as pool:
+            self.labels = np.fromiter(pool.map(self._label, self._numbers), dtype=np.int64)
+
+    @staticmethod
+    def _load(path: Path) -> np.ndarray:
+        try:
+            return np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(
+                f"{path} cannot be read as a .npy array ({error}): extract the features again"
+            ) from error
+
+    def _label(self, number: int) -> int:
+        return int(self._load(self._label_folder / f"{number}.npy").reshape(-1)[0])
+
+    def gather(self, indices: np.ndarray) -> np.ndarray:
+        out = np.empty((len(indices), *self.row), self.dtype)
+        for i, number in enumerate(self._numbers[indices]):
+            path = self._features / f"{number}.npy"
+            array = self._load(path)
+            if array.shape != self.row:
+                raise ValueError(
+                    f"{path} is {list(array.shape)}, the first file {list(self.row)}: extract the "
+                    "features again"
+                )
+            out[i] = array
+        return out
+
+    def verify(self) -> None:
+        self.gather(np.arange(len(self._numbers)))
+
+
+class LatentStore:
+    """An opened store; `open_latents` makes it.
+
+    Attributes:
+        path: the folder. kind: "moments" or "sample".
+        shape: (C, h, w) of one image's latents. scale: what makes unscaled latents unit-sized.
+        num_mirrors: 1, or 2 when the mirror image is stored too.
+        labels: int64 [N]. num_classes: every label is below it. class_names: [] in the old layout.
+        manifest: the manifest as read; of the old layout, what can be told of it.
+    """
+
+    def __init__(
+        self, path: Path, manifest: dict, rows: _Shards | _OldFiles, num_classes: int | None
+    ) -> None:
+        self.path, self.manifest, self._rows = path, manifest, rows
+        self.kind: str = manifest["kind"]
+        self.shape = tuple(manifest["shape"])
+        self.scale = float(manifest["scale"])
+        self.num_mirrors: int = manifest["mirrors"]
+        self.class_names: list[str] = manifest["class_names"]
+        self.labels = rows.labels
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if num_classes is None:
+            num_classes = max(len(self.class_names), high + 1)
+        self.num_classes = num_classes
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f"{path}: label {high if high >= num_classes else low} is outside the "
+                f"{num_classes} classes of the model; set --num-classes to at least {high + 1}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def check_shape(self, shape: tuple[int, int, int], wanted_by: str) -> None:
+        """ValueError unless the latents are (C, h, w) = `shape`; `wanted_by` names the model."""
+        if tuple(shape) != self.shape:
+            raise ValueError(
+                f"{self.path} holds latents {list(self.shape)} (image size "
+                f"{self.manifest['image_size']}, VAE {self.manifest['vae']}), {wanted_by} needs "
+                f"{list(shape)}: extract again with its --image-size and --vae, or change the model"
+            )
+
+    def check_scale(self, scale: float, wanted_by: str) -> None:
+        """ValueError unless the store was made with a VAE of this scale (relative error 1e-4)."""
+        if abs(self.scale - scale) > 1e-4 * scale:
+            raise ValueError(
+                f"{self.path} was made with VAE {self.manifest['vae']} of scale {self.scale}, "
+                f"{wanted_by} has scale {scale}: use the store's VAE or extract again"
+            )
+
+    def verify(self) -> None:
+        """Reads every file and checks it against its sha256; ValueError names what differs."""
+        self._rows.verify()
+
+    def read(self, indices: torch.Tensor) -> torch.Tensor:
+        """Rows of the store as they are stored, on the CPU.
+
+        indices int64 [B], 0..N-1. Returns float16 (old layout: as stored) moments
+        [B, mirrors, 2C, h, w], or latents [B, mirrors, C, h, w] of kind "sample".
+        """
+        places = np.asarray(indices, dtype=np.int64)
+        if len(places) and not (places.min() >= 0 and places.max() < len(self)):
+            raise ValueError(
+                f"index {places.min()}..{places.max()} is outside the {len(self)} images of "
+                f"{self.path}"
+            )
+        return torch.from_numpy(self._rows.gather(places))
+
+    def latents(
+        self, moments: torch.Tensor, index: torch.Tensor, seed: int, epoch: int
+    ) -> torch.Tensor:
+        """Training latents x0 of rows that `read` gave, on their device.
+
+        Image i of an epoch takes one of its mirrors and a fresh draw from the posterior; both are
+        functions of (seed, i, epoch). moments [B, mirrors, ...], index int64 [B] the rows' places.
+        Returns float32 [B, C, h, w], scaled.
+        """
+        index = index.to(moments.device)
+        if self.num_mirrors > 1:
+            mirror = noise.integers(seed, noise.FLIP, index, self.num_mirrors, step=epoch)
+            picked = moments[torch.arange(len(moments), device=moments.device), mirror]
+        else:
+            picked = moments[:, 0]
+        if self.kind == "sample":
+            return picked.float()
+        mean, logvar = picked.float().chunk(2, dim=1)  # [B, C, h, w] each
+        draw = noise.normal(seed, noise.POSTERIOR, index, self.shape, step=epoch)
+        return (mean + torch.exp(0.5 * logvar) * draw) * self.scale
+
+
+def open_latents(path: str | Path, *, num_classes: int | None = None) -> LatentStore:
+    """Opens what extract_features.py wrote, or the old layout of one file an image.
+
+    Args:
+        path: the store; of the old layout, the folder that holds imagenet<size>_features, or that
+            folder itself.
+        num_classes: classes of the model that will train on it; None takes the store's own.
+
+    Raises:
+        FileNotFoundError: no such folder, an unfinished extraction, or neither layout.
+        ValueError: a file is damaged or the manifest is, or a label is no class of the model.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"latent store {path} does not exist: make it with python extract_features.py "
+            f"--data-path <image folder> --features-path {path}"
+        )
+    if (path / "manifest.json").is_file():
+        manifest = _read_manifest(path)
+        return LatentStore(path, manifest, _Shards(path, manifest), num_classes)
+    if (path / "settings.json").is_file() or (path / "shards").is_dir():
+        raise FileNotFoundError(
+            f"{path / 'manifest.json'} is missing: unfinished extraction, rerun "
+            f"extract_features.py with --features-path {path}"
+        )
+    features = [f for f in (path, *sorted(path.iterdir())) if OLD_NAME.fullmatch(f.name)]
+    if len(features) != 1:
+        found = "is empty" if not any(path.iterdir()) else f"has {len(features)} old-style folders"
+        raise FileNotFoundError(
+            f"{path} is no latent store: no manifest.json, and it {found} where one "
+            "imagenet<size>_features is needed; make a store with extract_features.py"
+        )
+    folder = features[0]
+    rows = _OldFiles(folder, folder.with_name(folder.name.removesuffix("_features") + "_labels"))
+    mirrors, *shape = rows.row
+    described = {
+        "kind": "sample",
+        "count": len(rows.labels),
+        "shape": shape,
+        "dtype": str(rows.dtype),
+        "mirrors": mirrors,
+        "scale": OLD_SCALE,
+        "vae": "unknown",
+        "image_size": "unknown",
+        "class_names": [],
+    }
+    return LatentStore(path, described, rows, num_classes)
+
+
+def _read_manifest(folder: Path) -> dict:
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not whole JSON ({error}): unfinished extraction, rerun extract_features.py"
+        ) from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{path} is not the manifest of a latent store: format must be {FORMAT!r}")
+    missing = [key for key in REQUIRED if key not in manifest]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: rerun extract_features.py")
+    if manifest["version"] != VERSION:
+        raise ValueError(
+            f"{path}: version {manifest['version']} is not {VERSION}; extract again with this code"
+        )
+    if manifest["kind"] not in ARRAY_NAMES:
+        raise ValueError(
+            f"{path}: kind {manifest['kind']!r} is none of {', '.join(ARRAY_NAMES)}; rerun "
+            "extract_features.py"
+        )
+    for record in manifest["shards"]:
+        for part in record.values():
+            if isinstance(part, dict):
+                _inside(folder, part["file"], path)
+    total = sum(record["count"] for record in manifest["shards"])
+    if total != manifest["count"] or total == 0:
+        raise ValueError(
+            f"{path}: count {manifest['count']} is not the {total} images of its shards; rerun "
+            "extract_features.py"
+        )
+    return manifest

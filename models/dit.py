@@ -1,0 +1,332 @@
+"""The class-conditional diffusion transformer DiT (arXiv 2212.09748) and its presets.
+
+Tensor names and shapes are those of the published checkpoints. The two slots of a block, `attn` and
+`mlp`, take any operator [B,T,D] -> [B,T,D], or a GraftPair of two.
+"""
+
+import math
+from functools import partial
+
+import torch
+from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
+from torch import nn
+
+from models.selection import GraftPair
+
+TIMESTEP_FEATURES = 256
+MAX_PERIOD = 10_000
+
+_SIZES = {
+    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
+    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
+    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
+    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
+}
+# latent_downsample: pixels per latent position, a property of the VAE the preset goes with
+PRESETS: dict[str, dict[str, int]] = {
+    f"DiT-{size}/{patch}": {**widths, "patch_size": patch, "latent_downsample": 8}
+    for size, widths in _SIZES.items()
+    for patch in (2, 4, 8)
+}
+PRESETS["DiT-Mini/2"] = {
+    "depth": 28,
+    "hidden_size": 128,
+    "num_heads": 4,
+    "patch_size": 2,
+    "latent_downsample": 4,
+}
+
+
+def preset(name: str) -> dict[str, int]:
+    """The entry of PRESETS; ValueError listing the legal names for any other."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def latent_size(name: str, image_size: int) -> int:
+    """Side of the square latent of a square image of `image_size` pixels, for one preset.
+
+    ValueError when the image does not divide into whole patches.
+    """
+    p = preset(name)
+    step = p["latent_downsample"] * p["patch_size"]
+    if image_size <= 0 or image_size % step:
+        raise ValueError(
+            f"image_size {image_size} does not divide into the {step}-pixel patches of {name}: "
+            f"choose a multiple of {step}"
+        )
+    return image_size // p["latent_downsample"]
+
+
+def build_dit(name: str, input_size: int, num_classes: int = 1000, **overrides) -> "DiT":
+    """A freshly initialised DiT of one preset; `overrides` are further arguments of DiT.
+
+    input_size: side of the latent, see `latent_size`. ValueError for unknown names.
+    """
+    sizes = {key: value for key, value in preset(name).items() if key != "latent_downsample"}
+    return DiT(**{**sizes, "input_size": input_size, "num_classes": num_classes, **overrides})
+
+
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Adaptive layer norm's affine part: x [B,T,D], shift and scale [B,D] -> [B,T,D]."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def sincos_table(side: int, width: int) -> torch.Tensor:
+    """Position table of a side x side grid in raster order -> float32 [1, side*side, width].
+
+    The first half of the channels encodes the column, the second half the row; each half holds
+    sines, then cosines, of frequencies MAX_PERIOD ** (-k / (width / 4)).
+    """
+    quarter = width // 4
+    k = torch.arange(quarter, dtype=torch.float64)
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * MAX_PERIOD ** (-k / quarter)
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # side width/2
+    columns = line[None, :, :].expand(side, -1, -1)
+    rows = line[:, None, :].expand(-1, side, -1)
+    return torch.cat([columns, rows], dim=-1).reshape(1, side * side, width).float()
+
+
+class TimestepEmbedder(nn.Module):
+    """Diffusion time t [B] -> [B,D]: sinusoids in float32, then a two-layer MLP."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(TIMESTEP_FEATURES, hidden_size),
+            nn.SiLU(),
+            nn.Linear(hidden_size, hidden_size),
+        )
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        half = TIMESTEP_FEATURES // 2
+        k = torch.arange(half, dtype=torch.float32, device=t.device)
+        frequencies = torch.exp(-math.log(MAX_PERIOD) * k / half)
+        angles = t.float()[:, None] * frequencies  # B half
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Class label y [B] -> [B,D]. With dropout the table has one more row, the null class."""
+
+    def __init__(self, num_classes: int, hidden_size: int, class_dropout_prob: float):
+        super().__init__()
+        self.null_class = num_classes if class_dropout_prob > 0 else None
+        rows = num_classes + (self.null_class is not None)
+        self.embedding_table = nn.Embedding(rows, hidden_size)
+        self.class_dropout_prob = class_dropout_prob
+
+    def forward(self, y: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:
+        if drop is None and self.training and self.null_class is not None:
+            drop = torch.rand(y.shape[0], device=y.device) < self.class_dropout_prob
+        if drop is not None:
+            if self.null_class is None:
+                raise ValueError(
+                    "drop needs a null class, but this model was built with class_dropout_prob 0: "
+                    "build it with a value above 0"
+                )
+            y = torch.where(drop, self.null_class, y)
+        return self.embedding_table(y)
+
+
+class DiTBlock(nn.Module):
+    """x + gate * slot(modulate(norm(x))), once for the mha slot `attn` and once for `mlp`."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(
+            hidden_size,
+            hidden_features=int(hidden_size * mlp_ratio),
+            act_layer=partial(nn.GELU, approximate="tanh"),
+        )
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(
+        self, x: torch.Tensor, c: torch.Tensor, keep: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x [B,T,D], condition c [B,D], this block's keep (None, 0-d or [B]) -> [B,T,D]"""
+        parts = self.adaLN_modulation(c).chunk(6, dim=1)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = parts
+        h = modulate(self.norm1(x), shift_attn, scale_attn)
+        x = x + gate_attn.unsqueeze(1) * _run_slot(self.attn, h, keep)
+        h = modulate(self.norm2(x), shift_mlp, scale_mlp)
+        return x + gate_mlp.unsqueeze(1) * _run_slot(self.mlp, h, keep)
+
+
+def _run_slot(slot: nn.Module, h: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+    return slot(h, keep) if isinstance(slot, GraftPair) else slot(h)
+
+
+class FinalLayer(nn.Module):
+    """Tokens [B,T,D] and condition [B,D] -> patches [B,T, patch * patch * out_channels]."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class DiT(nn.Module):
+    """Predicts noise, and with `learn_sigma` the variance, of a noisy latent x at time t, class y.
+
+    input_size: side of the square latent. class_dropout_prob: share of labels replaced by the null
+    class (index num_classes) in training; 0 builds a model without a null class. ValueError when
+    the patches do not divide the latent, or the heads or the position table the hidden size.
+    """
+
+    def __init__(
+        self,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+    ):
+        super().__init__()
+        if input_size % patch_size:
+            raise ValueError(
+                f"patch_size {patch_size} does not divide input_size {input_size}: choose a divisor"
+            )
+        if hidden_size % num_heads or hidden_size % 4:
+            raise ValueError(
+                f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads} and of 4"
+            )
+        self.input_size = input_size
+        self.patch_size = patch_size
+        self.in_channels = in_channels
+        self.out_channels = 2 * in_channels if learn_sigma else in_channels
+        self.hidden_size = hidden_size
+        self.depth = depth
+        self.num_heads = num_heads
+        self.num_classes = num_classes
+        self.learn_sigma = learn_sigma
+        self.grid = input_size // patch_size
+        self.num_tokens = self.grid**2
+
+        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        # a parameter, because the published state dicts hold it, but never trained
+        self.pos_embed = nn.Parameter(sincos_table(self.grid, hidden_size), requires_grad=False)
+        self.blocks = nn.ModuleList(
+            DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)
+        )
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """adaLN-zero (arXiv 2212.09748): every block starts as the identity, the output as zero.
+
+        Sets what a freshly built model holds; operators grafted later keep their own start.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        patches = self.x_embedder.proj
+        nn.init.xavier_uniform_(patches.weight.view(patches.out_channels, -1))  # as a linear layer
+        nn.init.zeros_(patches.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        modulations = [block.adaLN_modulation[1] for block in self.blocks]
+        for layer in (*modulations, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor,
+        keep: torch.Tensor | None = None,
+        drop: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x [B,C,H,W], t [B] in 0..999, y [B] -> [B, 2C or C, H, W].
+
+        keep [depth] or [B, depth]: for blocks that hold a GraftPair, 1 keeps the original operator,
+        0 takes the graft, values between mix; entries of other blocks are not read. drop bool [B]:
+        labels to replace by the null class; None draws them in training with class_dropout_prob.
+        ValueError for wrong shapes, or for a model that holds pairs and gets no keep.
+        """
+        self._check_shapes(x, t, y, keep, drop)
+        x = self.x_embedder(x) + self.pos_embed  # B T D
+        c = self.t_embedder(t) + self.y_embedder(y, drop)  # B D
+        for i, block in enumerate(self.blocks):
+            x = block(x, c, None if keep is None else keep[..., i])
+        return self.unpatchify(self.final_layer(x, c))
+
+    def forward_with_cfg(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor,
+        cfg_scale: float,
+        cfg_channels: int | str = 3,
+        keep: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Classifier-free guidance: u + cfg_scale * (c - u) on the noise, in both halves.
+
+        The batch is [conditional half, unconditional half]: only the first half of x is read and
+        stands for both, the second half of y is the null class. cfg_channels: the first 3 noise
+        channels, as published results have it, or "all". The other channels keep each half's own
+        values. No label is dropped. -> like forward. ValueError for an odd batch.
+        """
+        B = x.shape[0]
+        if B % 2:
+            raise ValueError(f"guidance needs two halves, but the batch holds {B} samples")
+        if cfg_channels == "all":
+            guided = self.in_channels
+        elif cfg_channels == 3 and self.in_channels >= 3:
+            guided = 3
+        else:
+            raise ValueError(
+                f"cfg_channels {cfg_channels!r} is not supported with {self.in_channels} latent "
+                'channels: use "all", or 3 where there are as many'
+            )
+        first = x[: B // 2]
+        drop = None
+        if self.training and self.y_embedder.null_class is not None:
+            drop = torch.zeros(B, dtype=torch.bool, device=y.device)
+        out = self(torch.cat([first, first]), t, y, keep=keep, drop=drop)
+        cond, uncond = out[:, :guided].chunk(2)
+        mixed = uncond + cfg_scale * (cond - uncond)
+        return torch.cat([torch.cat([mixed, mixed]), out[:, guided:]], dim=1)
+
+    def unpatchify(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, patch * patch * C] -> [B, C, H, W]"""
+        x = x.unflatten(1, (self.grid, self.grid))  # B h w ppC
+        x = x.unflatten(3, (self.patch_size, self.patch_size, self.out_channels))
+        x = x.permute(0, 5, 1, 3, 2, 4)  # B C h p w p
+        return x.reshape(x.shape[0], self.out_channels, self.input_size, self.input_size)
+
+    def _check_shapes(self, x, t, y, keep, drop) -> None:
+        B, side = x.shape[0], self.input_size
+        if tuple(x.shape[1:]) != (self.in_channels, side, side):
+            raise ValueError(
+                f"x has shape {list(x.shape)}; this model takes [B, {self.in_channels}, {side}, "
+                f"{side}]"
+            )
+        for name, value in (("t", t), ("y", y), ("drop", drop)):
+            if value is not None and tuple(value.shape) != (B,):
+                raise ValueError(f"{name} has shape {list(value.shape)}; for this x it is [{B}]")
+        depth = len(self.blocks)
+        if keep is not None and tuple(keep.shape) not in ((depth,), (B, depth)):
+            raise ValueError(
+                f"keep has shape {list(keep.shape)}; legal is [{depth}] or [{B}, {depth}]"
+            )

@@ -1,0 +1,111 @@
+"""Softmax attention of the mha slot: over all tokens (mha) and within a sliding window (swa)."""
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Attention
+from torch import nn
+
+DENSE_TOKENS = 256  # up to here the T x T mask is cheaper than gathering windows
+QUERY_BLOCK = 64
+
+
+def build_mha(dim: int, num_heads: int, qkv_bias: bool = True) -> Attention:
+    """timm's Attention: [B,T,D] -> [B,T,D]. ValueError when the heads do not divide `dim`."""
+    _check_heads("mha", "dim", dim, num_heads)
+    return Attention(dim, num_heads=num_heads, qkv_bias=qkv_bias)
+
+
+class SlidingWindowAttention(nn.Module):
+    """Local softmax attention: token i sees tokens i-left..i+right that exist. [B,T,D] -> [B,T,D]
+
+    Parameters are named as in flash-attn's MHA; the rows of `Wqkv` are ordered as in timm's `qkv`,
+    so the weights of full attention carry over unchanged. `softmax_scale` None means
+    1 / sqrt(head width). Takes any number of tokens, in memory linear in it.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        window_size: tuple[int, int] = (4, 4),
+        qkv_proj_bias: bool = True,
+        out_proj_bias: bool = True,
+        dropout: float = 0.0,
+        softmax_scale: float | None = None,
+    ):
+        super().__init__()
+        _check_heads("swa", "embed_dim", embed_dim, num_heads)
+        self.num_heads = num_heads
+        self.window_size = tuple(window_size)
+        self.dropout = dropout
+        self.softmax_scale = softmax_scale
+        self.Wqkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_proj_bias)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=out_proj_bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, T, D = x.shape
+        qkv = self.Wqkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # B heads T head_width
+        attend = dense_window_attention if T <= DENSE_TOKENS else blocked_window_attention
+        y = attend(
+            q,
+            k,
+            v,
+            self.window_size,
+            scale=self.softmax_scale,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.out_proj(y.transpose(1, 2).reshape(B, T, D))
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, window_size={self.window_size}"
+
+
+def dense_window_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: tuple[int, int], **options
+) -> torch.Tensor:
+    """Window attention by one mask over all pairs: [B, heads, T, d] each -> [B, heads, T, d].
+
+    `options` are those of scaled_dot_product_attention (scale, dropout_p).
+    """
+    position = torch.arange(q.shape[2], device=q.device)
+    offset = position[None, :] - position[:, None]  # key minus query
+    seen = (offset >= -window[0]) & (offset <= window[1])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, **options)
+
+
+def blocked_window_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: tuple[int, int], **options
+) -> torch.Tensor:
+    """The result of `dense_window_attention`, from one block of queries and its keys at a time.
+
+    Time and memory grow with T * (QUERY_BLOCK + window) instead of T * T.
+    """
+    B, H, T, d = q.shape
+    left, right = window
+    S = QUERY_BLOCK
+    span = left + S + right
+    blocks = -(-T // S)
+    fill = blocks * S - T
+
+    def windows(x):
+        padded = F.pad(x, (0, 0, left, right + fill)).reshape(B * H, -1, d)
+        return padded.unfold(1, span, S).transpose(2, 3)  # BH blocks span d
+
+    query = torch.arange(blocks * S, device=q.device).view(blocks, S, 1)
+    first = torch.arange(blocks, device=q.device).view(blocks, 1, 1) * S - left
+    key = first + torch.arange(span, device=q.device)  # blocks 1 span
+    seen = (key >= query - left) & (key <= query + right)
+    # queries past the end are cut off below, but a row that sees nothing would give NaN gradients
+    seen &= ((key >= 0) & (key < T)) | (query >= T)
+
+    q = F.pad(q, (0, 0, 0, fill)).reshape(B * H, blocks, S, d)
+    y = F.scaled_dot_product_attention(q, windows(k), windows(v), attn_mask=seen, **options)
+    return y.reshape(B, H, blocks * S, d)[:, :, :T]
+
+
+def _check_heads(operator: str, key: str, width: int, num_heads: int) -> None:
+    if width % num_heads:
+        raise ValueError(
+            f"{operator}: num_heads {num_heads} does not divide {key} {width}: choose a divisor"
+        )

@@ -1,0 +1,213 @@
+"""Samples images class-conditionally from a DiT, grafted or plain, on any number of processes.
+
+Inputs:  a graft YAML and, with --graft-fusion-ckpt-path, a checkpoint of finetune_tinyfusion.py
+         (without it: the YAML's own weight files); the VAE.
+Outputs: <sample-dir>/<name>/000000.png ..., samples.json (all that the images depend on) in the
+         same folder, and beside it <name>.npz (arr_0, for the ADM evaluator) and <name>-grid.png.
+
+    torchrun --nnodes=1 --nproc_per_node=4 sample_ddp_finetuned.py --num-fid-samples 50000 \
+        --config-filepath configs/50p_graftfusion75_swa.yaml \
+        --graft-fusion-ckpt-path outputs/<run>/checkpoints/0400000.pt
+
+Label, starting noise and step noise of image i follow from (--global-seed, i) alone: neither the
+number of processes nor the batch size changes an image beyond rounding. A run that was stopped
+goes on with the images that are missing.
+"""
+
+import argparse
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from diffusion import noise
+from diffusion.samplers import sample
+from evaluation.writers import describe_run, save_grid, save_npz, save_png
+from latents.codec import load_codec
+from models.grafting import build_grafted, load_trained, with_base
+from models.plan import find_file, plan_from_flags
+from models.weights import file_sha256
+from training import distributed, precision
+from training.runlog import watched
+
+
+@torch.inference_mode()
+def main(args: argparse.Namespace) -> None:
+    # Processes, and all that can be wrong before any work starts
+    world = distributed.start(args.device)
+    dtype = precision.choose(args.precision, world.device)
+    precision.allow_tf32(args.tf32)
+    torch.manual_seed(args.global_seed)
+    if args.cfg_scale < 1.0:
+        raise ValueError(f"--cfg-scale {args.cfg_scale}: must be at least 1 (1 is unguided)")
+    if args.num_fid_samples < 1 or args.per_proc_batch_size < 1:
+        raise ValueError("--num-fid-samples and --per-proc-batch-size must be at least 1")
+    plan = plan_from_flags(args.config_filepath, args.model, args.image_size, args.num_classes)
+    plan = with_base(plan, args.load_weight)
+    vae = args.vae or plan.vae
+    if vae not in ("ema", "mse"):
+        vae = str(find_file(vae, plan.path, "vae"))
+
+    # Model
+    checkpoint = args.graft_fusion_ckpt_path
+    model, report = build_grafted(plan, weights=checkpoint is None)
+    if checkpoint is not None:
+        load_trained(model, plan, checkpoint)
+    model.to(world.device).eval()
+    codec = load_codec(vae, world.device, dtype)
+    if codec.downsample * plan.input_size != plan.image_size or codec.channels != model.in_channels:
+        raise ValueError(
+            f"--vae {vae}: makes latents of {codec.channels} channels, 1/{codec.downsample} of the "
+            f"pixels; {plan.model_name} at {plan.image_size} px needs {model.in_channels} channels "
+            f"of {plan.input_size} x {plan.input_size}"
+        )
+    if args.compile and world.device.type == "cuda":
+        model.compile()
+
+    # Folder: made once, described, never mixed with images of other settings
+    name = args.folder_name or default_name(args, plan.model_name, checkpoint)
+    folder = Path(args.sample_dir) / name
+    settings = {
+        "plan": plan.architecture(),
+        "checkpoint": checkpoint or report.files,
+        "checkpoint_sha256": file_sha256(checkpoint) if checkpoint and world.main else None,
+        "sampler": args.sampler,
+        "steps": args.num_sampling_steps,
+        "cfg_scale": args.cfg_scale,
+        "cfg_channels": args.cfg_channels,
+        "labels": args.labels,
+        "seed": args.global_seed,
+        "vae": codec.id,
+        "vae_sha256": codec.sha256,
+        "precision": str(dtype).removeprefix("torch."),
+        "num_samples": args.num_fid_samples,
+    }
+    if world.main:
+        describe_run(folder, settings, complete=False)
+    distributed.barrier(world)
+
+    # This process's images that are not there yet
+    everything = torch.arange(world.rank, args.num_fid_samples, world.size)
+    missing = [i for i in everything.tolist() if not (folder / f"{i:06d}.png").is_file()]
+    batches = torch.tensor(missing, dtype=torch.int64).split(args.per_proc_batch_size)
+    if world.main:
+        print(f"{plan.describe()}: {args.num_fid_samples} images to {folder}")
+
+    def model_fn(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """One guided evaluation for the labels `y` of the batch; [B,C,H,W] -> [B,2C,H,W]."""
+        with precision.autocast(world.device, dtype):
+            if args.cfg_scale == 1.0:
+                return model(x, t, y).float()
+            null = torch.full_like(y, plan.num_classes)
+            both = model.forward_with_cfg(
+                torch.cat([x, x]),
+                torch.cat([t, t]),
+                torch.cat([y, null]),
+                args.cfg_scale,
+                cfg_channels=args.cfg_channels,
+            )
+            return both[: len(x)].float()
+
+    shape = (model.in_channels, plan.input_size, plan.input_size)
+    seed = args.global_seed
+    with ThreadPoolExecutor(max_workers=args.num_workers) as writers:
+        pending = []
+        for index in tqdm(batches, disable=not watched(world), unit="batch"):
+            index = index.to(world.device)
+            if args.labels == "balanced":
+                y = index % plan.num_classes
+            else:
+                y = noise.integers(seed, noise.LABEL, index, plan.num_classes)
+            latents = sample(
+                model_fn,
+                (len(index), *shape),
+                sampler=args.sampler,
+                steps=args.num_sampling_steps,
+                start=noise.normal(seed, noise.START, index, shape),
+                step_noise=lambda k, i=index: noise.normal(seed, noise.STEP, i, shape, step=k),
+            )
+            images = codec.decode(latents).cpu().numpy()  # [B,H,W,3] uint8
+            for i, image in zip(index.tolist(), images, strict=True):
+                pending.append(writers.submit(save_png, folder / f"{i:06d}.png", image))
+            while len(pending) > 4 * args.per_proc_batch_size:
+                pending.pop(0).result()
+        for task in pending:
+            task.result()
+    distributed.barrier(world)
+
+    # One process gathers
+    if world.main:
+        files = [folder / f"{i:06d}.png" for i in range(args.num_fid_samples)]
+        save_npz(folder.with_name(folder.name + ".npz"), files)
+        save_grid(folder.with_name(folder.name + "-grid.png"), files[: args.grid])
+        describe_run(folder, settings, complete=True)
+        print(f"done: {folder}, {folder}.npz, {folder}-grid.png")
+    distributed.barrier(world)
+    distributed.stop()
+
+
+def default_name(args: argparse.Namespace, model_name: str, checkpoint: str | None) -> str:
+    """A folder name that tells runs apart: model, run and step, sampler, guidance, seed."""
+    source = Path(args.config_filepath or "plain").stem
+    if checkpoint is not None:
+        path = Path(checkpoint).resolve()
+        run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+        source = f"{run.name}_{path.stem}"
+    name = (
+        f"{model_name}-{source}-{args.sampler}{args.num_sampling_steps}"
+        f"-cfg-{args.cfg_scale}-seed-{args.global_seed}"
+    )
+    return re.sub(r"[^A-Za-z0-9._+-]", "-", name)
+
+
+def cfg_channels(text: str) -> int | str:
+    """--cfg-channels as the model takes it."""
+    if text not in ("3", "all"):
+        raise argparse.ArgumentTypeError(f"{text!r}: use 3 or all")
+    return 3 if text == "3" else "all"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--config-filepath", "--config", help="graft YAML; without it --model is sampled plain")
+    add("--graft-fusion-ckpt-path", help="trained checkpoint; unset: the YAML's weight files")
+    add("--load-weight", help="base DiT checkpoint, instead of the YAML's base_ckpt_path")
+    add("--model", help="preset, such as DiT-XL/2; must agree with the YAML when both are given")
+    add("--image-size", type=int, help="pixels; must agree with the YAML (256 without one)")
+    add("--num-classes", type=int, help="must agree with the YAML (1000 without one)")
+    add("--vae", help="ema, mse or a folder (unset: the YAML's, which defaults to ema)")
+    add("--sample-dir", default="samples", help="folders of images are made here")
+    add("--folder-name", help="name of this run's folder (unset: made from the settings)")
+    add("--num-fid-samples", type=int, default=5000, help="images in all; papers use 50 000")
+    add("--per-proc-batch-size", type=int, default=32, help="images at a time on a process")
+    add("--sampler", choices=["ddpm", "ddim", "dpm++"], default="ddpm", help="ddpm is the papers'")
+    add("--num-sampling-steps", type=int, default=250, help="model evaluations an image")
+    add("--cfg-scale", type=float, default=1.5, help="guidance; 1 is none")
+    add(
+        "--cfg-channels",
+        type=cfg_channels,
+        default=3,
+        help="3 (the papers) or all: guided channels",
+    )
+    add("--labels", choices=["random", "balanced"], default="random", help="classes of the images")
+    add("--global-seed", type=int, default=0, help="0 to 2^32-1")
+    add("--grid", type=int, default=64, help="images in the grid picture")
+    add("--precision", help="bf16 or fp32 (unset: bf16 on CUDA, fp32 on CPU)")
+    add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 matrix products")
+    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="on CUDA")
+    add("--device", help="cuda or cpu (unset: CUDA where there is any)")
+    add("--num-workers", type=int, default=4, help="threads that write PNGs, a process")
+    add("--lora", action="store_true", help="no effect, kept for old commands: updates are merged")
+    add("--lora-rank", type=int, default=8, help="no effect, kept for old commands")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    distributed.run(main, parse_args())

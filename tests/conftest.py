@@ -1,0 +1,38 @@
+"""Fixtures shared by the test files."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def _load_fill():
+    spec = importlib.util.spec_from_file_location("golden_fill", GOLDEN / "fill.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Opens one group of golden outputs: `doc, arrays, fill = golden("hyena")`.
+
+    doc: the group's JSON; arrays: dict of its numpy arrays (empty for `state_dicts`); fill: the
+    module that draws weights and inputs by name.
+    """
+    fill = _load_fill()
+
+    def open_group(group):
+        doc = json.loads((GOLDEN / f"{group}.json").read_text())
+        path = GOLDEN / f"{group}.npz"
+        arrays = {}
+        if path.exists():
+            with np.load(path) as stored:
+                arrays = {key: stored[key] for key in stored.files}
+        return doc, arrays, fill
+
+    return open_group

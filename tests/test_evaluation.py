@@ -1,0 +1,493 @@
+"""Scores: readers, statistics, the Frechet distance, both networks and the whole entry."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+import evaluate_fid
+from evaluation.features import Statistics, gather_stats, load_stats, save_stats
+from evaluation.inception import InceptionFeatures, find_weights, legacy_resize, prepare
+from evaluation.metrics import GaussianStats, frechet_distance
+from evaluation.mini_net import WEIGHTS, MiniFeatures, save_weights
+from evaluation.readers import batches, conversion_note, npz_keys, open_images
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+# -- material ---------------------------------------------------------------------------------
+
+
+def pictures(count, size=64, seed=0, smooth=False):
+    """uint8 [count, size, size, 3], noise or large soft shapes."""
+    rng = np.random.default_rng(seed)
+    if not smooth:
+        return rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    small = rng.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
+    return np.stack([np.asarray(Image.fromarray(x).resize((size, size))) for x in small])
+
+
+def write_pictures(folder, array, start=0):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, pixels in enumerate(array, start):
+        Image.fromarray(pixels).save(folder / f"{i:06d}.png")
+    return folder
+
+
+def covariance(dim, rank, seed, decades=0.0):
+    """A covariance of the given rank whose eigenvalues span that many decades."""
+    rng = np.random.default_rng(seed)
+    basis = np.linalg.qr(rng.normal(size=(dim, dim)))[0][:, :rank]
+    values = 10 ** np.linspace(0, -decades, rank)
+    return (basis * values) @ basis.T
+
+
+@pytest.fixture(scope="module")
+def inception_weights(tmp_path_factory):
+    """Random Inception weights that keep the signal alive through all layers."""
+    from pytorch_fid import inception
+
+    torch.manual_seed(0)
+    blank = mock.Mock(return_value=None)
+    with (
+        mock.patch.object(inception, "load_state_dict_from_url", blank),
+        mock.patch.object(torch.nn.Module, "load_state_dict", lambda *_: None),
+    ):
+        net = inception.fid_inception_v3()
+    for module in net.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    path = tmp_path_factory.mktemp("inception") / "random.pth"
+    torch.save(net.state_dict(), path)
+    return path
+
+
+def evaluate(monkeypatch, *words):
+    """Runs the entry in this process with a command line."""
+    monkeypatch.setattr(sys, "argv", ["evaluate_fid.py", *map(str, words)])
+    evaluate_fid.main(evaluate_fid.parse_args())
+
+
+# -- statistics -------------------------------------------------------------------------------
+
+
+def test_statistics_do_not_depend_on_batching_and_survive_a_large_mean():
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(101, 7)) * np.arange(1, 8) + 1e7
+    parts = [GaussianStats(7), GaussianStats(7)]
+    for i, chunk in enumerate(np.array_split(features, [1, 3, 40, 90])):
+        parts[i % 2].update(torch.from_numpy(chunk))
+    parts[0].merge(parts[1])
+    assert parts[0].count == 101
+    np.testing.assert_allclose(parts[0].mean, features.mean(0), rtol=1e-14)
+    np.testing.assert_allclose(parts[0].sigma, np.cov(features, rowvar=False), rtol=1e-6, atol=1e-7)
+
+
+def test_statistics_of_several_processes_are_joined_by_sums():
+    features = torch.randn(50, 5, dtype=torch.float64) + 3
+    whole, shares = GaussianStats(5), [GaussianStats(5) for _ in range(3)]
+    whole.update(features)
+    shares[0].update(features[:20])
+    shares[1].update(features[20:])  # the third process saw no image
+    for share in shares:
+        # What all_reduce would give, call by call: count, count * mean, scatter about the mean.
+        mean = whole.mean
+        sums = iter((
+            torch.tensor(50.0, dtype=torch.float64),
+            sum(s.mean * s.count for s in shares),
+            sum(s.scatter + torch.outer(s.mean - mean, s.mean - mean) * s.count for s in shares),
+        ))  # fmt: skip
+        joined = GaussianStats(5)
+        joined.count, joined.mean, joined.scatter = share.count, share.mean, share.scatter
+        given = []
+        joined.sum_over(
+            lambda tensor, sums=sums, given=given: (given.append(tensor), next(sums))[1]
+        )
+        delta = share.mean - mean
+        torch.testing.assert_close(
+            given[2], share.scatter + torch.outer(delta, delta) * share.count
+        )
+        assert joined.count == 50
+        torch.testing.assert_close(joined.sigma, whole.sigma)
+
+
+def test_statistics_refuse_nan_and_too_few():
+    stats = GaussianStats(2)
+    with pytest.raises(ValueError, match="NaN"):
+        stats.update(torch.tensor([[0.0, float("nan")]]))
+    stats.update(torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="at least 2"):
+        _ = stats.sigma
+
+
+# -- Frechet distance -------------------------------------------------------------------------
+
+
+def test_frechet_distance_of_known_gaussians():
+    zero, one = np.zeros(4), np.ones(4)
+    eye = np.eye(4)
+    assert frechet_distance(zero, eye, zero, eye) == pytest.approx(0, abs=1e-12)
+    assert frechet_distance(zero, eye, 2 * one, eye) == pytest.approx(16)
+    # Commuting covariances: the sum of squared differences of standard deviations.
+    a, b = np.diag([1.0, 4, 9, 16]), np.diag([4.0, 1, 25, 0])
+    assert frechet_distance(zero, a, zero, b) == pytest.approx(1 + 1 + 4 + 16)
+    # Pure directions u and v: tr(uu' + vv') - 2 |u.v|.
+    u, v = np.array([3.0, 0, 0, 0]), np.array([1.0, 2, 0, 0])
+    expected = 9 + 5 - 2 * 3
+    assert frechet_distance(zero, np.outer(u, u), zero, np.outer(v, v)) == pytest.approx(expected)
+    assert frechet_distance(zero, 0 * eye, zero, eye) == pytest.approx(4)
+
+
+def test_frechet_distance_of_two_dimensions_is_the_closed_form():
+    a, b = np.array([[2.0, 0.7], [0.7, 1.0]]), np.array([[1.0, -0.4], [-0.4, 3.0]])
+    # In two dimensions tr sqrt(M) = sqrt(tr M + 2 sqrt(det M)).
+    cross = np.sqrt(np.trace(a @ b) + 2 * np.sqrt(np.linalg.det(a) * np.linalg.det(b)))
+    expected = np.trace(a) + np.trace(b) - 2 * cross
+    assert frechet_distance(np.zeros(2), a, np.zeros(2), b) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("rank1", "rank2", "decades", "tolerance"),
+    [(60, 60, 1, 1e-9), (60, 60, 12, 1e-6), (20, 60, 2, 1e-5), (20, 25, 1, 1e-5)],
+)
+def test_frechet_distance_agrees_with_pytorch_fid(rank1, rank2, decades, tolerance):
+    from pytorch_fid.fid_score import calculate_frechet_distance
+
+    rng = np.random.default_rng(3)
+    one = rng.normal(size=60), covariance(60, rank1, 1, decades)
+    two = rng.normal(size=60), 2 * covariance(60, rank2, 2, decades)
+    expected = calculate_frechet_distance(*one, *two)
+    assert frechet_distance(*one, *two) == pytest.approx(expected, rel=tolerance)
+    assert frechet_distance(*two, *one) == pytest.approx(frechet_distance(*one, *two), rel=1e-7)
+    assert frechet_distance(*one, *one) == pytest.approx(0, abs=1e-6)
+
+
+def test_frechet_distance_refuses_what_is_no_pair_of_gaussians():
+    eye = np.eye(3)
+    with pytest.raises(ValueError, match=r"mu2 has shape \[2\], expected \[3\]"):
+        frechet_distance(np.zeros(3), eye, np.zeros(2), np.eye(2))
+    with pytest.raises(ValueError, match="NaN"):
+        frechet_distance(np.zeros(3), eye * np.nan, np.zeros(3), eye)
+    with pytest.raises(ValueError, match="not a covariance"):
+        frechet_distance(np.zeros(3), np.diag([1.0, 1, -1]), np.zeros(3), eye)
+
+
+# -- readers ----------------------------------------------------------------------------------
+
+
+def test_folder_is_read_nested_in_sorted_order_and_shared_out(tmp_path):
+    array = pictures(7, 8)
+    write_pictures(tmp_path / "b", array[3:])
+    write_pictures(tmp_path / "a", array[:3])
+    (tmp_path / "b" / ".000000.png").write_bytes(b"unfinished")
+    (tmp_path / "samples.json").write_text("{}")
+    images = open_images(tmp_path)
+    assert len(images) == 7 and images.size == (8, 8)
+    read = torch.cat(list(batches(images, 3, num_workers=2)))
+    assert torch.equal(read, torch.from_numpy(array).permute(0, 3, 1, 2))
+    share = torch.cat(list(batches(images, 2, share=(1, 3))))
+    assert torch.equal(share, read[1::3])
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_gives_the_same_images_as_the_folder(tmp_path, save):
+    array = pictures(5, 8)
+    save(tmp_path / "x.npz", other=np.zeros(3), arr_0=array)
+    images = open_images(tmp_path / "x.npz")
+    assert isinstance(images.array, np.memmap) == (save is np.savez)
+    read = torch.cat(list(batches(images, 2)))
+    assert torch.equal(read, torch.from_numpy(array).permute(0, 3, 1, 2))
+
+
+def test_bad_folders_are_refused_by_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no images"):
+        open_images(tmp_path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        open_images(tmp_path / "none")
+    write_pictures(tmp_path, pictures(3, 8))
+    write_pictures(tmp_path, pictures(1, 9), start=5)
+    with pytest.raises(ValueError, match=r"000005.png is 9x9 but .*000000.png is 8x8"):
+        list(batches(open_images(tmp_path), 2))
+    torn = (tmp_path / "000001.png").read_bytes()[:60]
+    (tmp_path / "000005.png").write_bytes(torn)
+    with pytest.raises(ValueError, match="000005.png cannot be read"):
+        list(batches(open_images(tmp_path), 2))
+    (tmp_path / "000005.png").unlink()
+    for mode, kind in (("I;16", np.uint16), ("F", np.float32)):
+        name = "deep.png" if mode == "I;16" else "deep.webp"
+        deep = Image.fromarray(np.zeros((8, 8), kind))
+        deep.save(tmp_path / name, format="PNG" if mode == "I;16" else "TIFF")
+        with pytest.raises(ValueError, match=f"{name} has"):
+            list(batches(open_images(tmp_path), 8))
+        (tmp_path / name).unlink()
+
+
+def test_bad_archives_are_refused_by_name(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, mu=np.zeros(3))
+    with pytest.raises(ValueError, match="no array named arr_0"):
+        open_images(path)
+    np.savez(path, arr_0=np.zeros((2, 8, 8, 3), np.float32))
+    with pytest.raises(ValueError, match="float32"):
+        open_images(path)
+    path.write_bytes(b"hello")
+    with pytest.raises(ValueError, match="neither an image folder"):
+        npz_keys(path)
+
+
+def test_grey_and_alpha_are_converted_and_said_once(tmp_path):
+    array = pictures(3, 8)
+    Image.fromarray(array[0]).save(tmp_path / "0.png")
+    Image.fromarray(array[1, ..., 0]).save(tmp_path / "1.png")
+    Image.fromarray(np.dstack([array[2], np.zeros((8, 8), np.uint8)])).save(tmp_path / "2.png")
+    modes = Counter()
+    read = torch.cat(list(batches(open_images(tmp_path), 2, modes=modes)))
+    assert torch.equal(
+        read[1], torch.from_numpy(array[1, ..., :1]).permute(2, 0, 1).expand(3, 8, 8)
+    )
+    assert torch.equal(read[2], torch.from_numpy(array[2]).permute(2, 0, 1))
+    assert "1 of mode L, 1 of mode RGBA" in conversion_note(modes)
+    assert conversion_note(Counter(RGB=5)) is None
+
+
+# -- networks ---------------------------------------------------------------------------------
+
+
+def test_legacy_resize_follows_its_rule():
+    rng = np.random.default_rng(0)
+    for height, width in ((256, 256), (64, 100), (400, 299)):
+        x = rng.integers(0, 256, (height, width)).astype(np.float32)
+        ours = legacy_resize(torch.from_numpy(x)[None, None], 299)[0, 0].numpy()
+        assert ours.shape == (299, 299)
+        for i, j in [(0, 0), (298, 298), (150, 3), *rng.integers(0, 299, (200, 2)).tolist()]:
+            y, z = np.float32(i) * np.float32(height / 299), np.float32(j) * np.float32(width / 299)
+            y0, z0 = int(y), int(z)
+            y1, z1 = min(y0 + 1, height - 1), min(z0 + 1, width - 1)
+            top = x[y0, z0] + (x[y0, z1] - x[y0, z0]) * (z - z0)
+            bottom = x[y1, z0] + (x[y1, z1] - x[y1, z0]) * (z - z0)
+            assert ours[i, j] == pytest.approx(top + (bottom - top) * (y - y0), abs=1e-3)
+
+
+def test_the_protocols_differ_in_resize_and_range():
+    ramp = torch.arange(256, dtype=torch.uint8).expand(1, 3, 256, 256)
+    adm, other = prepare(ramp, "adm"), prepare(ramp, "pytorch-fid")
+    middle = slice(10, 280)
+    # adm: source column i * 256 / 299, then (x - 128) / 128.
+    column = torch.arange(299) * (256 / 299)
+    torch.testing.assert_close(adm[0, 0, 5, middle], (column[middle] - 128) / 128)
+    # pytorch-fid: half a pixel of shift, (i + 0.5) * 256 / 299 - 0.5, then 2 x / 255 - 1.
+    column = (torch.arange(299) + 0.5) * (256 / 299) - 0.5
+    torch.testing.assert_close(
+        other[0, 0, 5, middle], 2 * column[middle] / 255 - 1, atol=1e-5, rtol=0
+    )
+
+
+def test_inception_fid_equals_pytorch_fid(tmp_path, inception_weights, monkeypatch):
+    from pytorch_fid import fid_score, inception
+
+    folders = [
+        write_pictures(tmp_path / "reference", pictures(8, 48)),
+        write_pictures(tmp_path / "samples", pictures(7, 48, seed=1, smooth=True)),
+    ]
+    state = torch.load(inception_weights, weights_only=True)
+    monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: state)
+    theirs = inception.InceptionV3([3])
+    moments = [
+        fid_score.calculate_activation_statistics(
+            sorted(folder.iterdir()), theirs, 4, num_workers=0
+        )
+        for folder in folders
+    ]
+    # Their matrix root takes a minute for 2048 dimensions. All the variance of 15 images lies in
+    # a space of 15, to which both Gaussians can be turned without changing their distance.
+    columns = np.hstack(
+        [moments[0][0][:, None], moments[1][0][:, None], moments[0][1], moments[1][1]]
+    )
+    sketch = np.random.default_rng(0).normal(size=(columns.shape[1], 15))
+    basis = np.linalg.qr(columns @ sketch)[0]  # [2048, 15]
+    expected = fid_score.calculate_frechet_distance(
+        *(part for mu, sigma in moments for part in (mu @ basis, basis.T @ sigma @ basis))
+    )
+    evaluate(
+        monkeypatch, *folders, "--inception-weights", inception_weights, "--device", "cpu",
+        "--batch-size", 5,
+    )  # fmt: skip
+    report = json.loads((folders[1] / "metrics.json").read_text())
+    assert report["metrics"]["fid"] == pytest.approx(expected, rel=1e-4)
+    assert report["metrics"]["fid"] > 1e-3
+    assert report["protocol"] == "pytorch-fid"
+    assert report["num_samples"] == 7 and report["num_reference"] == 8
+    assert len(report["feature_net"]["sha256"]) == 64
+    assert any("7 samples for 2048 features" in line for line in report["warnings"])
+
+
+def test_adm_features_differ_from_pytorch_fid_features(inception_weights):
+    images = torch.from_numpy(pictures(1, 48, smooth=True)).permute(0, 3, 1, 2)
+    one = InceptionFeatures("pytorch-fid", inception_weights)(images)
+    two = InceptionFeatures("adm", inception_weights)(images)
+    assert one.shape == (1, 2048)
+    assert 1e-4 < (one - two).norm() / one.norm() < 0.5
+    with pytest.raises(ValueError, match="protocol 'clean'"):
+        InceptionFeatures("clean", inception_weights)
+
+
+def test_inception_weights_are_looked_for_and_checked(tmp_path, monkeypatch):
+    name = "pt_inception-2015-12-05-6726825d.pth"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr("evaluation.inception.REPOSITORY", tmp_path)
+    with pytest.raises(FileNotFoundError, match="other.pth does not exist"):
+        find_weights("other.pth")
+    with (
+        mock.patch("torch.hub.download_url_to_file", side_effect=OSError("no network")),
+        pytest.raises(FileNotFoundError, match=f"https://.*{name} .*pretrained/{name}"),
+    ):
+        find_weights()
+    (tmp_path / "pretrained").mkdir()
+    (tmp_path / "pretrained" / name).write_bytes(b"x")
+    assert find_weights() == Path("pretrained") / name
+    with pytest.raises(ValueError, match="is damaged"):
+        InceptionFeatures()
+
+
+def test_mini_net_is_read_back_and_takes_its_own_size_only(tmp_path):
+    net = MiniFeatures()
+    images = torch.from_numpy(pictures(4)).permute(0, 3, 1, 2)
+    features = net(images)
+    assert features.shape == (4, 64) and features.dtype == torch.float32
+    torch.testing.assert_close(net(images[2:3])[0], features[2], rtol=1e-4, atol=1e-4)
+    assert sum(p.numel() for p in net.net.parameters()) < 600_000
+    save_weights(net.net, tmp_path / "copy.safetensors", seed=0)
+    assert torch.equal(MiniFeatures(tmp_path / "copy.safetensors")(images), features)
+    with pytest.raises(ValueError, match="64x64 images, not 32x48"):
+        net(torch.zeros(1, 3, 48, 32, dtype=torch.uint8))
+    with pytest.raises(FileNotFoundError, match="train_mini_features.py"):
+        MiniFeatures(tmp_path / "none.safetensors")
+
+
+def test_mini_record_belongs_to_the_weights_and_promises_hold():
+    record = json.loads(WEIGHTS.with_suffix(".json").read_text())
+    assert record["sha256"] == MiniFeatures().sha256
+    assert record["checks"] and all(record["checks"].values())
+
+
+def test_mini_distance_sees_damage_and_missing_kinds():
+    sheets = sorted((WEIGHTS.parent / "images").glob("*.webp"))
+    images = torch.cat([contact_sheet(path)[:48] for path in sheets])  # [432, 3, 64, 64]
+    one, two = images[::2], images[1::2]
+    net = MiniFeatures()
+
+    def distance(samples):
+        a, b = (gather_stats(net, x.split(64), "cpu") for x in (one, samples))
+        return frechet_distance(a.mean, a.sigma, b.mean, b.sigma)
+
+    pooled = F.interpolate(F.avg_pool2d(two.float(), 2), scale_factor=2).to(torch.uint8)
+    coarse = F.interpolate(F.avg_pool2d(two.float(), 4), scale_factor=4).to(torch.uint8)
+    dice = torch.Generator().manual_seed(0)
+    noisy = (two + 40 * torch.randn(two.shape, generator=dice)).clamp(0, 255).to(torch.uint8)
+    rolled = torch.cat([two[:, :, :, 32:], two[:, :, :, :32]], 3)
+    clean = distance(two)
+    assert clean < distance(pooled) < distance(coarse)
+    assert 2 * clean < min(map(distance, (coarse, noisy, rolled, two[:54].repeat(4, 1, 1, 1))))
+
+
+def contact_sheet(path):
+    """uint8 [cells, 3, 64, 64] of one sheet of 24 columns."""
+    sheet = torch.from_numpy(np.array(Image.open(path).convert("RGB")))
+    cells = sheet.unflatten(0, (-1, 64)).unflatten(2, (-1, 64))  # [rows, 64, columns, 64, 3]
+    return cells.permute(0, 2, 4, 1, 3).flatten(0, 1)
+
+
+# -- the entry --------------------------------------------------------------------------------
+
+
+def test_mini_scores_are_reported_with_their_origin(tmp_path, monkeypatch, capsys):
+    reference = write_pictures(tmp_path / "reference", pictures(30))
+    samples = write_pictures(tmp_path / "samples", pictures(30, seed=1, smooth=True))
+    record = {"complete": True, "settings": {"num_samples": 30, "seed": 5}}
+    (samples / "samples.json").write_text(json.dumps(record))
+    stats = tmp_path / "stats" / "reference.npz"
+    common = ("--feature-net", "mini", "--device", "cpu")
+
+    evaluate(monkeypatch, reference, samples, *common, "--save-stats", stats)
+    first = json.loads((samples / "metrics.json").read_text())
+    assert set(first["metrics"]) == {"fd_mini"} and first["protocol"] == "mini"
+    assert first["metrics"]["fd_mini"] > 1
+    assert first["samples_json"] == record
+    assert first["reference"] == {"path": str(reference), "kind": "folder", "files": 30}
+    assert "| fd_mini" in capsys.readouterr().out
+
+    # The same from saved statistics and from an .npz of the samples, in other batches.
+    archive = tmp_path / "samples.npz"
+    np.savez(archive, arr_0=pictures(30, seed=1, smooth=True))
+    evaluate(monkeypatch, stats, archive, *common, "--batch-size", 7)
+    second = json.loads((tmp_path / "samples.metrics.json").read_text())
+    assert second["metrics"]["fd_mini"] == pytest.approx(first["metrics"]["fd_mini"], rel=1e-6)
+    assert second["num_reference"] == 30
+    assert second["samples_json"] == record and len(second["reference"]["sha256"]) == 64
+
+    # A set against itself, to a place of the caller's.
+    evaluate(monkeypatch, samples, samples, *common, "--output", tmp_path / "self.json")
+    itself = json.loads((tmp_path / "self.json").read_text())
+    assert itself["metrics"]["fd_mini"] == pytest.approx(0, abs=1e-6)
+    assert any("swapped" in line for line in itself["warnings"])
+
+
+def test_two_processes_give_the_score_of_one(tmp_path, monkeypatch):
+    reference = write_pictures(tmp_path / "reference", pictures(9))
+    samples = write_pictures(tmp_path / "samples", pictures(7, seed=1, smooth=True))
+    evaluate(monkeypatch, reference, samples, "--feature-net", "mini", "--device", "cpu")
+    one = json.loads((samples / "metrics.json").read_text())
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words += [
+        REPOSITORY / "evaluate_fid.py",
+        reference,
+        samples,
+        "--feature-net",
+        "mini",
+        "--device",
+        "cpu",
+    ]
+    words += ["--output", tmp_path / "two.json", "--batch-size", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([str(word) for word in words], check=True, env=environment, cwd=tmp_path)
+    two = json.loads((tmp_path / "two.json").read_text())
+    assert two["num_samples"] == 7 and two["num_reference"] == 9
+    assert two["metrics"]["fd_mini"] == pytest.approx(one["metrics"]["fd_mini"], rel=1e-6)
+
+
+def test_entry_refuses_arguments_that_do_not_fit(tmp_path, monkeypatch):
+    samples = write_pictures(tmp_path / "samples", pictures(2))
+    mini = (samples, samples, "--feature-net", "mini", "--device", "cpu")
+    with pytest.raises(ValueError, match="--protocol"):
+        evaluate(monkeypatch, *mini, "--protocol", "adm")
+    with pytest.raises(ValueError, match="SAMPLES is missing"):
+        evaluate(monkeypatch, samples, "--device", "cpu")
+    archive = tmp_path / "adm.npz"
+    np.savez(archive, mu=np.zeros(2048), sigma=np.eye(2048, dtype=np.float32)[:1])
+    with pytest.raises(ValueError, match="2048 features, --feature-net mini has 64"):
+        evaluate(monkeypatch, archive, *mini[1:])
+
+
+def test_statistics_files_of_another_space_are_refused(tmp_path):
+    net = MiniFeatures()
+    path = tmp_path / "stats.npz"
+    stats = Statistics(np.arange(64.0), np.eye(64), 12)
+    save_stats(path, stats, net, "somewhere")
+    back = load_stats(path, net)
+    assert back.count == 12 and np.array_equal(back.mu, stats.mu)
+    net.sha256 = "0" * 64
+    with pytest.raises(ValueError, match="was made with sha256"):
+        load_stats(path, net)
+    # ADM's and pytorch-fid's files do not say how many images they stand for.
+    np.savez(path, mu=stats.mu, sigma=stats.sigma)
+    assert load_stats(path, net).count is None

@@ -1,0 +1,124 @@
+"""On a CUDA device: the entries at DiT-XL/2's size, and compiled runs against eager ones.
+
+python -m pytest -m gpu tests/test_gpu.py
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from models.dit import build_dit
+from models.grafting import build_grafted, load_plan
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def run(*command) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    subprocess.run(
+        [*launcher, "--nproc_per_node=1", *map(str, command)],
+        cwd=REPOSITORY,
+        env=os.environ,
+        check=True,
+        timeout=500,
+    )
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Random weights in place of the published files, with their names, shapes and nesting."""
+    from diffusers import AutoencoderKL
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("large")
+    torch.manual_seed(0)
+    base = build_dit("DiT-XL/2", 32)
+    for name, parameter in base.named_parameters():
+        if "adaLN" in name or "final_layer" in name:  # zero at the start: nothing would flow
+            torch.nn.init.normal_(parameter, std=0.01)
+    torch.save(base.state_dict(), folder / "base.pt")
+    configs = {}
+    for name in ("75p_swa", "50p_graftfusion75_swa"):
+        content = yaml.safe_load((REPOSITORY / f"configs/{name}.yaml").read_text())
+        content["operator"]["config_filepath"] = "configs/sequence_mixers/swa.yaml"
+        content["sample_config"]["base_ckpt_path"] = str(folder / "base.pt")
+        content["sample_config"]["grafted_dit_ckpt_path"] = str(folder / "75.pt")
+        configs[name] = folder / f"{name}.yaml"
+        configs[name].write_text(yaml.safe_dump(content))
+    model, _ = build_grafted(load_plan(configs["75p_swa"]), weights=False)
+    torch.save({"ema": model.state_dict()}, folder / "75.pt")
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        sample_size=256,
+    )
+    vae.save_pretrained(folder / "vae")
+    generator = np.random.default_rng(0)
+    for label in range(2):
+        (folder / "images" / f"n{label}").mkdir(parents=True)
+        for i in range(4):
+            pixels = generator.integers(0, 256, (280, 300, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / f"n{label}" / f"{i}.png")
+    run(
+        "extract_features.py", "--model", "DiT-XL/2", "--data-path", folder / "images",
+        "--features-path", folder / "latents", "--vae", folder / "vae",
+    )  # fmt: skip
+    return folder, configs
+
+
+def test_xl_selects_finetunes_and_samples(large):
+    folder, configs = large
+    common = ["--data-path", folder / "latents", "--results-dir", folder, "--max-steps", 1]
+    common += ["--global-batch-size", 4, "--log-every", 1]
+    run(
+        "prune_by_learning.py", "--load-weight", folder / "base.pt", "--delta-w", "--lora",
+        "--config", configs["75p_swa"], "--prefix", "selection", *common,
+    )  # fmt: skip
+    answer = json.loads((folder / "selection-DiT-XL-2" / "selection.json").read_text())
+    assert len(answer["kept"]) == 14
+    run(
+        "finetune_tinyfusion.py", "--model", "DiT-XL/2", "--prefix", "tuned",
+        "--config", configs["50p_graftfusion75_swa"], *common,
+    )  # fmt: skip
+    record = json.loads((folder / "tuned-DiT-XL-2" / "metrics.jsonl").read_text())
+    assert np.isfinite(record["loss"]) and record["skipped_steps"] == 0
+    run(
+        "sample_ddp_finetuned.py", "--num-fid-samples", 2, "--vae", folder / "vae",
+        "--config-filepath", configs["50p_graftfusion75_swa"], "--sample-dir", folder,
+        "--graft-fusion-ckpt-path", folder / "tuned-DiT-XL-2/checkpoints/0000001.pt",
+        "--folder-name", "samples",
+    )  # fmt: skip
+    assert np.load(folder / "samples.npz")["arr_0"].shape == (2, 256, 256, 3)
+
+
+def test_compiled_mini_steps_follow_eager_ones(tmp_path):
+    run("scripts/unpack_mini.py", "--out", tmp_path / "mini")
+    run(
+        "extract_features.py", "--vae", "assets/mini/vae", "--image-size", 64,
+        "--num-classes", 9, "--no-mirror", "--data-path", tmp_path / "mini" / "heldout",
+        "--features-path", tmp_path / "latents",
+    )  # fmt: skip
+    losses = {}
+    for mode in ("--compile", "--no-compile"):
+        run(
+            "finetune_tinyfusion.py", "--config", "configs/mini/75p_swa.yaml", mode,
+            "--data-path", tmp_path / "latents", "--results-dir", tmp_path, "--prefix", mode[2:],
+            "--max-steps", 20, "--global-batch-size", 32, "--log-every", 1,
+        )  # fmt: skip
+        lines = (tmp_path / f"{mode[2:]}-DiT-Mini-2" / "metrics.jsonl").read_text().splitlines()
+        losses[mode] = [json.loads(line)["loss"] for line in lines]
+    np.testing.assert_allclose(losses["--compile"], losses["--no-compile"], rtol=0.02)

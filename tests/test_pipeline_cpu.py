@@ -1,0 +1,240 @@
+"""All five entries on the miniature testbed: alone and as two processes, resumed, and misused."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MINI = REPOSITORY / "assets" / "mini"
+
+
+def run(*command, processes: int = 0, fails: bool = False) -> str:
+    """Runs an entry from the repository root; its output, or with `fails` its error output."""
+    launcher = [sys.executable]
+    if processes:
+        launcher += ["-m", "torch.distributed.run", "--standalone"]
+        launcher += [f"--nproc_per_node={processes}"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment["GLOO_SOCKET_IFNAME"] = "lo"
+    result = subprocess.run(
+        [*launcher, *map(str, command)],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if fails:
+        assert result.returncode != 0, result.stdout
+        return result.stderr
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with 36 pictures (4 a class) and their latents, encoded by two processes."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    run("scripts/unpack_mini.py", "--out", folder / "all")
+    for kind in sorted((folder / "all" / "train").iterdir()):
+        (folder / "images" / kind.name).mkdir(parents=True)
+        for picture in sorted(kind.iterdir())[:4]:
+            shutil.copy(picture, folder / "images" / kind.name)
+    encode = ["--vae", MINI / "vae", "--image-size", 64, "--num-classes", 9, "--no-mirror"]
+    encode += ["--num-workers", 0, "--shard-size", 16, "--data-path", folder / "images"]
+    run("extract_features.py", *encode, "--features-path", folder / "latents", processes=2)
+    run("extract_features.py", *encode, "--features-path", folder / "latents1")
+    return folder
+
+
+def select(work, name, *more, processes=0, **kw):
+    return run(
+        "prune_by_learning.py", "--config", "configs/mini/75p_swa.yaml",
+        "--data-path", work / "latents", "--results-dir", work / "runs", "--prefix", name,
+        "--delta-w", "--lora", "--global-batch-size", 4, "--log-every", 1, *more,
+        processes=processes, **kw,
+    )  # fmt: skip
+
+
+def finetune(work, name, *more, processes=0, **kw):
+    return run(
+        "finetune_tinyfusion.py", "--config", work / "runs/pair-DiT-Mini-2/selected.yaml",
+        "--data-path", work / "latents", "--results-dir", work / "runs", "--prefix", name,
+        "--global-batch-size", 4, "--log-every", 1, *more, processes=processes, **kw,
+    )  # fmt: skip
+
+
+def draw_samples(work, name, *more, processes=0, **kw):
+    return run(
+        "sample_ddp_finetuned.py", "--sample-dir", work / "samples", "--folder-name", name,
+        "--sampler", "dpm++", "--num-sampling-steps", 4, *more, processes=processes, **kw,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pair(work):
+    """Selection, finetuning and sampling, each as two processes; later tests read the outputs."""
+    select(work, "pair", "--max-steps", 2, processes=2)
+    finetune(work, "tuned", "--max-steps", 2, processes=2)
+    checkpoint = work / "runs/tuned-DiT-Mini-2/checkpoints/0000002.pt"
+    common = ["--config", work / "runs/pair-DiT-Mini-2/selected.yaml"]
+    common += ["--graft-fusion-ckpt-path", checkpoint, "--num-fid-samples", 5]
+    draw_samples(work, "two", *common, "--per-proc-batch-size", 2, processes=2)
+    return common
+
+
+def test_extraction_is_the_same_from_one_and_two_processes(work):
+    names = sorted(p.name for p in (work / "latents").iterdir())
+    assert names == sorted(p.name for p in (work / "latents1").iterdir())
+    for name in names:
+        if name != "manifest.json":
+            one, two = (work / k / name for k in ("latents1", "latents"))
+            assert one.read_bytes() == two.read_bytes(), name
+
+
+def test_selection_writes_its_whole_answer(work, pair):
+    folder = work / "runs" / "pair-DiT-Mini-2"
+    answer = json.loads((folder / "selection.json").read_text())
+    assert len(answer["kept"]) == len(answer["grafted"]) == 14
+    assert sorted(answer["kept"] + answer["grafted"]) == list(range(28))
+    for g, group in enumerate(answer["groups"]):
+        assert group["blocks"] == list(range(4 * g, 4 * g + 4)) and len(group["kept"]) == 2
+        assert 4 * g in group["kept"], "the block without a graft is pinned"
+        assert sum(o["probability"] for o in group["options"]) == pytest.approx(1)
+    plan = yaml.safe_load((folder / "selected.yaml").read_text())
+    assert plan["sample_config"]["graft_indexes"] == answer["grafted"]
+    assert (folder / "trajectory.png").stat().st_size > 10_000
+    assert len((folder / "trajectory.jsonl").read_text().splitlines()) == 2
+    assert (folder / "log.txt").is_file() and list((folder / "tensorboard").iterdir())
+
+
+def test_samples_are_described_packed_and_scored(work, pair):
+    folder = work / "samples" / "two"
+    assert len(list(folder.glob("*.png"))) == 5
+    packed = np.load(work / "samples" / "two.npz")["arr_0"]
+    assert packed.shape == (5, 64, 64, 3) and packed.dtype == np.uint8
+    record = json.loads((folder / "samples.json").read_text())
+    assert record["complete"] and record["settings"]["num_samples"] == 5
+    assert len(record["settings"]["checkpoint_sha256"]) == 64
+    assert (work / "samples" / "two-grid.png").is_file()
+    run("evaluate_fid.py", work / "images", folder, "--feature-net", "mini", "--device", "cpu")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert "fd_mini" in json.dumps(metrics) and "fid" not in metrics
+
+
+def test_one_process_draws_the_images_of_two(work, pair):
+    draw_samples(work, "one", *pair, "--per-proc-batch-size", 5)
+    one, two = (np.load(work / "samples" / f"{n}.npz")["arr_0"] for n in ("one", "two"))
+    assert np.abs(one.astype(int) - two.astype(int)).max() <= 1
+
+
+def test_stopped_sampling_goes_on_and_refuses_to_mix(work, pair):
+    folder = work / "samples" / "two"
+    before = {p.name: p.read_bytes() for p in folder.glob("*.png")}
+    (folder / "000003.png").unlink()
+    draw_samples(work, "two", *pair)
+    after = {p.name: p.read_bytes() for p in folder.glob("*.png")}
+    assert sorted(after) == sorted(before)
+    assert all(after[n] == before[n] for n in before if n != "000003.png")
+    error = draw_samples(work, "two", *pair, "--cfg-scale", 3.0, fails=True)
+    assert "cfg_scale = 1.5, this run has 3.0" in error and "Traceback" not in error
+
+
+def states(work, name, step):
+    path = work / "runs" / f"{name}-DiT-Mini-2" / "checkpoints" / f"{step:07d}.pt"
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("stage", [select, finetune])
+def test_interrupted_run_ends_bit_for_bit_like_an_undisturbed_one(work, pair, stage):
+    name = stage.__name__
+    stage(work, f"whole-{name}", "--max-steps", 3, "--ckpt-every", 2)
+    source = work / "runs" / f"whole-{name}-DiT-Mini-2" / "checkpoints"
+    target = work / "runs" / f"broken-{name}-DiT-Mini-2" / "checkpoints"
+    target.mkdir(parents=True)
+    shutil.copy(source / "0000002.pt", target)
+    (target / "0000003.pt").write_bytes(b"torn")  # what a crash leaves is passed over
+    stage(work, f"broken-{name}", "--max-steps", 3, "--resume", "auto")
+    whole, broken = states(work, f"whole-{name}", 3), states(work, f"broken-{name}", 3)
+    for key in ("model", "ema", "opt", "sched", "train_steps", "position"):
+        torch.testing.assert_close(whole[key], broken[key], rtol=0, atol=0)
+
+
+def test_two_processes_train_like_one(work, pair):
+    finetune(work, "alone", "--max-steps", 2)
+    lines = [
+        [
+            json.loads(line)
+            for line in (work / "runs" / f"{n}-DiT-Mini-2/metrics.jsonl").read_text().splitlines()
+        ]
+        for n in ("alone", "tuned")
+    ]
+    for one, two in zip(*lines, strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+
+
+def test_trained_grafts_score_far_better_than_fresh_ones(work):
+    """The same 50 % graft, 32 images: attention inherited against operators never trained."""
+    content = yaml.safe_load((REPOSITORY / "configs/mini/75p_swa.yaml").read_text())
+    content["operator"]["config_filepath"] = str(REPOSITORY / "configs/mini/swa.yaml")
+    content["sample_config"]["graft_indexes"] = list(range(1, 28, 2))
+    scores = {}
+    for init in ("inherit", "fresh"):
+        content["sample_config"]["graft_init"] = init
+        path = work / f"{init}.yaml"
+        path.write_text(yaml.safe_dump(content))
+        settings = ["--num-fid-samples", 32, "--labels", "balanced", "--cfg-scale", 1.0]
+        draw_samples(work, init, "--config", path, "--num-sampling-steps", 8, *settings)
+        folder = work / "samples" / init
+        run("evaluate_fid.py", work / "all/train", folder, "--feature-net", "mini",
+            "--device", "cpu", "--output", work / f"{init}.json")  # fmt: skip
+        scores[init] = json.loads((work / f"{init}.json").read_text())["value"]
+    assert scores["fresh"] > 2 * scores["inherit"], scores
+
+
+BAD = {
+    "no data": (finetune, ["--data-path", "nowhere"], "nowhere"),
+    "batch": (finetune, ["--global-batch-size", 3], "--global-batch-size 3 is not divisible"),
+    "huge batch": (finetune, ["--global-batch-size", 64], "holds 36 images, fewer than"),
+    "classes": (finetune, ["--config", "SMALL"], "num_classes"),
+    "config": (select, ["--config", "absent.yaml"], "absent.yaml: no such file"),
+    "groups": (select, ["--groups", "2:5"], "groups '2:5': 5 does not divide the depth 28"),
+    "pins": (select, ["--pin", 1, 2], "keeps 2 of 4 blocks but 3 of them are pinned"),
+    "lora": (select, ["--resume", "gone.pt"], "--resume gone.pt: no such checkpoint"),
+    "base": (select, ["--load-weight", "gone.pt"], "gone.pt"),
+    "precision": (select, ["--precision", "fp16"], "--precision fp16: use one of"),
+    "vae": (draw_samples, ["--vae", "ema"], "sd-vae-ft-ema"),
+    "guidance": (draw_samples, ["--cfg-scale", 0.5], "--cfg-scale 0.5"),
+    "checkpoint": (draw_samples, ["--graft-fusion-ckpt-path", "VAE"], "tensor pos_embed"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_error_before_any_work(work, pair, case):
+    stage, flags, message = BAD[case]
+    small = work / "small.yaml"
+    text = (REPOSITORY / "configs/mini/75p_swa.yaml").read_text()
+    small.write_text(
+        text.replace("num_classes: 9", "num_classes: 5").replace(
+            "config_filepath: swa.yaml", f"config_filepath: {REPOSITORY}/configs/mini/swa.yaml"
+        )
+    )
+    names = {"SMALL": small, "VAE": MINI / "vae" / "diffusion_pytorch_model.safetensors"}
+    flags = [names.get(flag, flag) for flag in flags]
+    more = ["--config", "configs/mini/75p_swa.yaml"] if stage is draw_samples else []
+    processes = 2 if case == "batch" else 0
+    error = stage(work, f"bad-{case}", *more, *flags, fails=True, processes=processes)
+    assert message in error and "error: " in error
+    if not processes:
+        assert len(error.strip().splitlines()) <= 3, error
+    assert not (work / "runs" / f"bad-{case}-DiT-Mini-2").exists()
+    assert not (work / "samples" / f"bad-{case}").exists()

@@ -1,0 +1,212 @@
+"""Graft pairs and layer gates: golden cases, options, draws, gradients, errors."""
+
+import math
+
+import pytest
+import torch
+
+from models.dit import DiT
+from models.operators import build_operator
+from models.selection import GraftPair, LayerGates
+
+TOLERANCE = {"selection": 5e-6, "selection_strong": 5e-5}
+
+
+def relative_error(mine, golden):
+    golden = torch.as_tensor(golden)
+    assert mine.shape == golden.shape
+    return ((mine - golden).abs().max() / golden.abs().max()).item()
+
+
+def own_name(name):
+    """A golden tensor name is blocks.i.attn.* or blocks.i.attn_grafting.*; ours are in a pair."""
+    name = name.replace(".attn.original.", ".attn.")
+    return name.replace(".attn.graft.", ".attn_grafting.")
+
+
+def golden_model(case, fill, seed):
+    sizes = dict(case["construct"])
+    groups, pinned = sizes.pop("groups"), sizes.pop("pinned_layers")
+    model = DiT(**sizes).eval()
+    candidate = case["candidate"]
+    for i in candidate["blocks"]:
+        graft = build_operator(candidate["operator"], **candidate["construct"])
+        model.blocks[i].attn = GraftPair(model.blocks[i].attn, graft)
+    starts = [sum(size for _, size in groups[:g]) for g in range(len(groups))]
+    gates = LayerGates(
+        sizes["depth"],
+        groups=",".join(f"{keep}:{size}" for keep, size in groups),
+        pinned=[start + p for start, inside in zip(starts, pinned, strict=True) for p in inside],
+    )
+    assert all((gate == case["initial_gate_value"]).all() for gate in gates.gumbel_gates)
+    names = {own_name(n): list(v.shape) for n, v in model.state_dict().items()}
+    names |= {n: list(v.shape) for n, v in gates.state_dict().items()}
+    assert names == case["state_dict"]
+    fill.fill_(model, seed, case["fill"]["scale"], rename=own_name)
+    fill.fill_(gates, seed, case["fill"]["scale"])
+    return model, gates
+
+
+@pytest.mark.parametrize("name", TOLERANCE)
+def test_golden_selection(golden, name):
+    doc, arrays, fill = golden("selection")
+    case, seed = doc["cases"][name], doc["seed"]
+    model, gates = golden_model(case, fill, seed)
+    x = fill.input_float("input.x", case["inputs"][0]["shape"], seed)
+    t, y = (torch.tensor(case["values"][key]) for key in "ty")
+
+    for g, table in enumerate(gates.options):
+        assert table.tolist() == case["options"][g]
+        assert table.tolist() == arrays[f"{name}.options_{g}"].tolist()
+
+    for label, chosen in case["forced"].items():
+        parts = [gates.options[g][choice] for g, choice in enumerate(chosen)]  # 1 or B, M
+        keep = torch.cat(parts, dim=-1)
+        out = model(x, t, y, keep=keep.expand(len(x), -1))
+        assert relative_error(out, arrays[f"{name}.{label}"]) < TOLERANCE[name], label
+        if len(keep) == 1:  # one mask for the whole batch gives the same
+            torch.testing.assert_close(model(x, t, y, keep=keep[0]), out)
+    soft = [torch.tensor(w) @ gates.options[g] for g, w in enumerate(case["soft_weights"])]
+    out = model(x, t, y, keep=torch.cat(soft))
+    assert relative_error(out, arrays[f"{name}.soft"]) < TOLERANCE[name]
+
+    expected = case["filled_gates"]
+    assert gates.decide() == expected["keeps_attention"]
+    for g, gate in enumerate(gates.gumbel_gates):
+        assert relative_error(gate[0], expected["logits"][g]) < 1e-6
+        assert gate[0].argmax() == expected["chosen_option"][g]
+    for scaling, confidence in expected["confidence_by_scaling"].items():
+        for p, c in zip(gates.probabilities(float(scaling)), confidence, strict=True):
+            assert p.sum().item() == pytest.approx(1)
+            assert p.max().item() == pytest.approx(c, abs=1e-6)
+    for label, kept in case["keeps_attention"].items():
+        with torch.no_grad():
+            for g, gate in enumerate(gates.gumbel_gates):
+                gate.zero_()[0, case["forced"][label][g]] = 1
+        assert gates.decide() == kept
+        mask = gates.keep_mask()
+        assert [i for i, m in enumerate(mask.tolist()) if m == 0] == case["grafted"][label]
+
+
+def test_draws_are_exactly_one_hot_and_valid():
+    torch.manual_seed(0)
+    gates = LayerGates(28, "2:4", pinned=range(0, 28, 4))
+    for tau in (4.0, 0.1):
+        keep = gates.draw(tau, 100, batch_size=64)
+        assert keep.shape == (64, 28)
+        assert ((keep == 0) | (keep == 1)).all()
+        assert (keep.view(64, 7, 4).sum(-1) == 2).all() and (keep[:, ::4] == 1).all()
+    assert len({tuple(row) for row in keep.tolist()}) > 32  # every sample draws its own
+
+
+def test_draw_follows_the_noise_it_is_given():
+    gates = LayerGates(8, "1:2,2:4,1:2")
+    uniform = [torch.full((3, n), 0.5) for n in (2, 6, 2)]
+    for sample, (a, b, c) in enumerate([(0, 3, 1), (1, 5, 0), (0, 0, 0)]):
+        for u, option in zip(uniform, (a, b, c), strict=True):
+            u[sample, option] = 0.9
+    keep = gates.draw(1.0, 1.0, uniform)
+    assert keep.tolist() == [
+        [1, 0, 0, 1, 1, 0, 0, 1],
+        [0, 1, 0, 0, 1, 1, 1, 0],
+        [1, 0, 1, 1, 0, 0, 1, 0],
+    ]
+    with torch.no_grad():  # a logit can outweigh the noise, by the scaling
+        gates.gumbel_gates[1][0, 2] += 0.1
+    assert gates.draw(1.0, 100.0, uniform)[0].tolist() == [1, 0, 1, 0, 0, 1, 0, 1]
+
+
+def test_draw_frequencies_follow_the_probabilities():
+    torch.manual_seed(0)
+    gates = LayerGates(4, "1:4")
+    with torch.no_grad():
+        gates.gumbel_gates[0].copy_(torch.tensor([[0.0, 0.01, 0.02, -0.01]]))
+    shares = gates.draw(0.5, 100, batch_size=20_000).mean(0)
+    torch.testing.assert_close(shares, gates.probabilities(100)[0], atol=0.015, rtol=0)
+
+
+def test_gradient_is_that_of_the_soft_choice():
+    torch.manual_seed(0)
+    gates = LayerGates(4, "2:4", pinned=[0])
+    uniform = [torch.rand(5, 3)]
+    weights = torch.randn(5, 4)
+    (gates.draw(0.7, 10, uniform) * weights).sum().backward()
+    logits = gates.gumbel_gates[0].detach().clone().requires_grad_()
+    noise = -torch.log(-torch.log(uniform[0]))
+    soft = ((logits * 10 + noise) / 0.7).softmax(-1) @ gates.options[0]
+    (soft * weights).sum().backward()
+    torch.testing.assert_close(gates.gumbel_gates[0].grad, logits.grad)
+    assert logits.grad.abs().max() > 0
+
+
+def test_gradients_reach_logits_and_both_branches():
+    torch.manual_seed(0)
+    model = DiT(input_size=8, hidden_size=32, depth=4, num_heads=4, num_classes=5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name != "pos_embed":
+                parameter.normal_(std=0.1)
+    for i in (1, 2, 3):
+        graft = build_operator("hyena_y", d_model=32)
+        model.blocks[i].attn = GraftPair(model.blocks[i].attn, graft)
+    gates = LayerGates(4, "2:4", pinned=[0])
+    keep = gates.draw(1.0, 10, batch_size=8)
+    out = model(torch.randn(8, 4, 8, 8), torch.arange(8) * 100, torch.arange(8) % 5, keep=keep)
+    out.square().sum().backward()
+    assert (gates.gumbel_gates[0].grad != 0).all()
+    for i in (1, 2, 3):
+        assert model.blocks[i].attn.original.qkv.weight.grad.abs().max() > 0
+        assert model.blocks[i].attn.graft.in_proj.weight.grad.abs().max() > 0
+
+
+def test_pair_mixes_and_needs_a_choice():
+    pair = GraftPair(torch.nn.Identity(), torch.nn.Tanh())
+    x = torch.randn(3, 5, 2)
+    assert torch.equal(pair(x, torch.tensor(1.0)), x)
+    assert torch.equal(pair(x, torch.tensor([0, 1, 0]))[[0, 2]], x[[0, 2]].tanh())
+    torch.testing.assert_close(pair(x, torch.tensor(0.25)), 0.25 * x + 0.75 * x.tanh())
+    assert pair(x.bfloat16(), torch.tensor(0.25)).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="pass keep"):
+        pair(x)
+
+
+def test_groups_cover_the_depth():
+    gates = LayerGates(28)
+    assert gates.spans == [(i, i + 4) for i in range(0, 28, 4)]
+    assert [len(t) for t in gates.options] == [6] * 7
+    assert [n for n, _ in gates.named_parameters()] == [f"gumbel_gates.{g}" for g in range(7)]
+    assert [n for n in gates.state_dict()] == [f"gumbel_gates.{g}" for g in range(7)]
+    gates = LayerGates(7, "2:4,1:3", pinned=(3, 4))
+    assert gates.spans == [(0, 4), (4, 7)]
+    assert gates.options[0].tolist() == [[1, 0, 0, 1], [0, 1, 0, 1], [0, 0, 1, 1]]
+    assert gates.options[1].tolist() == [[1, 0, 0]]
+    table = LayerGates(5, "2:5").options[0]
+    assert len(table) == math.comb(5, 2)
+    kept = [[i for i, m in enumerate(row) if m] for row in table.tolist()]
+    assert kept == sorted(kept)
+
+
+@pytest.mark.parametrize(
+    ("depth", "groups", "pinned", "words"),
+    [
+        (28, "2:5", (), "5 does not divide the depth 28.*choose M from"),
+        (28, "2:4,1:4", (), "cover 8 blocks but the model has 28"),
+        (28, "5:4", (), "keep 5 of 4"),
+        (28, "2-4", (), "'2-4' is not N:M"),
+        (28, "2:0", (), "keep 2 of 0"),
+        (8, "1:4", (4, 6), "group 1 keeps 1 of 4 blocks but 2 of them are pinned"),
+        (8, "2:4", (8,), r"pinned blocks \[8\].*0..7"),
+        (28, "14:28", (), "group 0 has 40116600 ways.*smaller groups"),
+    ],
+)
+def test_what_does_not_fit_is_refused(depth, groups, pinned, words):
+    with pytest.raises(ValueError, match=words):
+        LayerGates(depth, groups, pinned)
+
+
+def test_draw_checks_its_arguments():
+    gates = LayerGates(8, "2:4")
+    with pytest.raises(ValueError, match="tau 0"):
+        gates.draw(0, 1)
+    with pytest.raises(ValueError, match=r"uniform has shapes \[\(3, 6\)\]"):
+        gates.draw(1.0, 1.0, [torch.rand(3, 6)])
