@@ -15,8 +15,8 @@ BETA_START, BETA_END = 1e-4, 0.02
 
 _FORMS = (
     f'"" (all {TRAIN_STEPS} steps), a number of steps such as "250", one number for each of '
-    f'several equal parts such as "10,15,20", or "ddimN" with N a divisor of {TRAIN_STEPS} such '
-    'as "ddim25"'
+    f'several equal parts such as "10,15,20", or "ddimN" with N steps of one integer '
+    'stride, such as "ddim25"'
 )
 
 
@@ -30,8 +30,8 @@ def respaced_timesteps(respacing: str) -> np.ndarray:
 
     `respacing` as in `create_diffusion`. Raises ValueError for any other string, for a part
     with no step or more steps than it has room for, for fewer than 2 steps altogether (the
-    variance of the last step is that of the one before), and for "ddimN" when N does not
-    divide 1000: another stride would leave the noisy end of the chain uncovered.
+    variance of the last step is that of the one before), and for "ddimN" when no
+    integer stride from timestep 0 gives N steps (the smallest that does is taken).
     """
     if respacing == "":
         return np.arange(TRAIN_STEPS, dtype=np.int64)
@@ -46,9 +46,11 @@ def respaced_timesteps(respacing: str) -> np.ndarray:
 
     if respacing.startswith("ddim"):
         count = int(respacing.removeprefix("ddim"))
-        if count < 2 or TRAIN_STEPS % count:
-            raise refuse(f"{count} steps have no integer stride")
-        return np.arange(0, TRAIN_STEPS, TRAIN_STEPS // count, dtype=np.int64)
+        stride = -(-TRAIN_STEPS // count) if count >= 2 else 1
+        kept = np.arange(0, TRAIN_STEPS, stride, dtype=np.int64)
+        if count < 2 or len(kept) != count:
+            raise refuse(f"no integer stride gives {count} steps")
+        return kept
 
     counts = [int(part) for part in respacing.split(",")]
     if sum(counts) < 2:

@@ -1,1 +1,1 @@
-"""The diffusion transformer, the operators that can be grafted into it, and the choice between them."""
+"""The diffusion transformer, the operators grafted into it, and the choice between them."""

@@ -79,7 +79,7 @@ def test_respacing_ends_and_remainders():
 
 @pytest.mark.parametrize(
     "respacing",
-    ["0", "1", "1001", "10,0,5", "10,400,5", "ddim7", "ddim0", "ddim1", "ddim", "ddim2000", "fast"]
+    ["0", "1", "1001", "10,0,5", "10,400,5", "ddim600", "ddim0", "ddim1", "ddim", "ddim2000", "fast"]
     + ["25 ", "-5", "2.5", "10,", "ddim10,10", "٢٥", None, 250],
 )
 def test_bad_respacing_names_the_legal_forms(respacing):
@@ -353,3 +353,11 @@ def test_nothing_waits_for_the_gpu():
         run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_ddim_takes_the_smallest_stride_that_gives_its_steps():
+    for count in (7, 30, 500):
+        stride = next(s for s in range(1, 1000) if len(range(0, 1000, s)) == count)
+        assert create_diffusion(f"ddim{count}").timestep_map.tolist() == list(
+            range(0, 1000, stride)
+        )

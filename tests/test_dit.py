@@ -20,7 +20,7 @@ def shapes(module):
     return {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def tiny_model(fill_module=None, **changes):
+def tiny_model(**changes):
     """A small model in eval mode whose output is not zero."""
     torch.manual_seed(0)
     model = DiT(**TINY | changes)
@@ -118,8 +118,9 @@ def test_guidance_reads_the_first_half_and_guides_the_chosen_channels():
         mixed = (uncond + 2.0 * (cond - uncond))[:, :guided]
         torch.testing.assert_close(out[:, :guided], torch.cat([mixed, mixed]))
         torch.testing.assert_close(out[:, guided:], plain[:, guided:])
-    model.train()  # labels stay whole under guidance in training mode too
-    torch.testing.assert_close(model.forward_with_cfg(x, t, y, 1.0)[:2], cond)
+    certain = tiny_model(class_dropout_prob=1.0)  # guidance drops no label, in training mode too
+    expected = certain.forward_with_cfg(x, t, y, 2.0)
+    torch.testing.assert_close(certain.train().forward_with_cfg(x, t, y, 2.0), expected)
     with pytest.raises(ValueError, match="two halves.*3"):
         model.forward_with_cfg(x[:3], t[:3], y[:3], 1.5)
     with pytest.raises(ValueError, match="cfg_channels 2"):
@@ -213,9 +214,7 @@ def test_timestep_embedding_keeps_float32_angles_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         model.t_embedder(t)
     k = torch.arange(128, dtype=torch.float64)
-    angles = t[:, None] * torch.exp(
-        -torch.log(torch.tensor(10000.0, dtype=torch.float64)) * k / 128
-    )
+    angles = t[:, None] * 10_000 ** (-k / 128)
     expected = torch.cat([angles.cos(), angles.sin()], -1)
     assert seen[0].dtype == torch.float32
     assert (seen[0] - expected).abs().max() < 2e-4
