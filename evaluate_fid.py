@@ -36,7 +36,7 @@ from evaluation.report import (
     samples_record,
     table,
 )
-from evaluation.writers import write_json
+from models.files import write_json
 from training import distributed, precision
 from training.runlog import watched
 

@@ -1,4 +1,4 @@
-"""Trains a DiT, grafted or plain, with the diffusion loss: final finetuning, Stage 2, pretraining.
+r"""Trains a DiT, grafted or plain, with the diffusion loss: final finetuning, Stage 2, pretraining.
 
 Inputs:  a latent store (extract_features.py) and a graft YAML; its weight files, or --load-weight.
 Outputs: <results-dir>/<prefix>-<model>/ with log.txt, metrics.jsonl, tensorboard/ and
@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from diffusion import create_diffusion
@@ -45,7 +44,7 @@ def main(args: argparse.Namespace) -> None:
     store.check_shape((4, plan.input_size, plan.input_size), f"{plan.model_name} of {plan.path}")
     folder = Path(args.results_dir) / f"{args.prefix}-{plan.model_name.replace('/', '-')}"
     resumed = checkpoint.find(args.resume, folder / "checkpoints")
-    start_step = 0 if resumed is None else checkpoint.check(resumed, plan, store, args)
+    start_step = 0 if resumed is None else checkpoint.check(resumed, plan, len(store), args)
     loader = LatentLoader(
         store, args.global_batch_size, world, args.global_seed, start_step, args.num_workers
     )
@@ -55,8 +54,6 @@ def main(args: argparse.Namespace) -> None:
 
     # Model: every tensor from a file, or from the checkpoint that is resumed
     model, report = build_grafted(plan, weights=resumed is None)
-    if resumed is not None:
-        model.load_state_dict(resumed["model"], strict=True)
     model.to(world.device).train()
 
     # Run folder
@@ -81,36 +78,24 @@ def main(args: argparse.Namespace) -> None:
     )
     guard = StepGuard(optimizer, args.clip_grad)
     ema = Ema(model, args.ema_decay)
+    run = checkpoint.RunState(
+        folder,
+        world,
+        plan,
+        args,
+        steps_per_epoch=loader.steps_per_epoch,
+        images=len(store),
+        model=model,
+        ema=ema,
+        opt=optimizer,
+        sched=lr,
+    )
     if resumed is not None:
-        ema.load_state_dict(resumed["ema"])
-        optimizer.load_state_dict(resumed["opt"])
-        lr.load_state_dict(resumed["sched"])
-        checkpoint.restore_rng(world, resumed["rng"])
+        run.restore(resumed)
     if args.compile and world.device.type == "cuda":
         model.compile()
-    net = model
-    if world.size > 1:
-        ids = [world.device.index] if world.device.type == "cuda" else None
-        net = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    net = distributed.wrap(world, model)
     diffusion = create_diffusion("")
-
-    def save(step: int) -> None:
-        rng = checkpoint.rng_states(world)
-        if world.main:
-            state = {
-                "model": model.state_dict(),
-                "ema": ema.state_dict(),
-                "opt": optimizer.state_dict(),
-                "sched": lr.state_dict(),
-                "train_steps": step,
-                "plan": plan.architecture(),
-                "rng": rng,
-                "position": checkpoint.position(step, loader, args),
-                "args": vars(args),
-            }
-            checkpoint.save(folder / "checkpoints" / f"{step:07d}.pt", state)
-            log.info(f"saved checkpoints/{step:07d}.pt")
-        distributed.barrier(world)
 
     # Training
     running = torch.zeros(3, device=world.device)  # sums of loss, mse, vb since the last line
@@ -161,10 +146,10 @@ def main(args: argparse.Namespace) -> None:
             running.zero_()
             logged_step, logged_at = step, time.perf_counter()
         if step % args.ckpt_every == 0 and step < total_steps:
-            save(step)
+            log.info(f"saved {run.save(step)}")
     bar.close()
     if start_step < total_steps:
-        save(total_steps)
+        log.info(f"saved {run.save(total_steps)}")
     log.info(f"done; weights to sample from: {folder}/checkpoints/{total_steps:07d}.pt")
     log.close()
     distributed.stop()

@@ -1,4 +1,4 @@
-"""Learns which blocks of a grafted DiT keep their original operator (TinyFusion, arXiv 2412.01199).
+r"""Learns which blocks of a grafted DiT keep their original operator (TinyFusion, arXiv 2412.01199).
 
 Both operators of every grafted block stay in the model. In each group of M blocks a Gumbel-softmax
 chooses, per sample, one of the ways to keep N originals; its logits are trained with the diffusion
@@ -20,17 +20,16 @@ import time
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from diffusion import create_diffusion, noise
-from evaluation.writers import environment, write_json
+from evaluation.writers import environment
 from latents.loader import LatentLoader
 from latents.store import open_latents
+from models.files import file_sha256, write_json, write_whole
 from models.grafting import build_grafted, with_base
 from models.plan import load_plan, write_plan
 from models.selection import GatedDiT, LayerGates, settle
-from models.weights import file_sha256
 from training import checkpoint, distributed, precision
 from training.draws import draw
 from training.ema import Ema
@@ -58,7 +57,7 @@ def main(args: argparse.Namespace) -> None:
     store.check_shape((4, plan.input_size, plan.input_size), f"{plan.model_name} of {plan.path}")
     folder = Path(args.results_dir) / f"{args.prefix}-{plan.model_name.replace('/', '-')}"
     resumed = checkpoint.find(args.resume, folder / "checkpoints")
-    start_step = 0 if resumed is None else checkpoint.check(resumed, plan, store, args)
+    start_step = 0 if resumed is None else checkpoint.check(resumed, plan, len(store), args)
     loader = LatentLoader(
         store, args.global_batch_size, world, args.global_seed, start_step, args.num_workers
     )
@@ -77,8 +76,6 @@ def main(args: argparse.Namespace) -> None:
             name != "pos_embed" and args.delta_w and (not args.lora or is_graft or "lora_" in name)
         )
     gated = GatedDiT(model, gates)
-    if resumed is not None:
-        gated.load_state_dict(resumed["model"], strict=True)
     gated.to(world.device).train()
 
     # Run folder
@@ -102,17 +99,23 @@ def main(args: argparse.Namespace) -> None:
     lr = schedule(optimizer, "constant", total_steps=total_steps)
     guard = StepGuard(optimizer, args.clip_grad)
     ema = Ema(gated, args.ema_decay)
+    run = checkpoint.RunState(
+        folder,
+        world,
+        plan,
+        args,
+        steps_per_epoch=loader.steps_per_epoch,
+        images=len(store),
+        model=gated,
+        ema=ema,
+        opt=optimizer,
+        sched=lr,
+    )
     if resumed is not None:
-        ema.load_state_dict(resumed["ema"])
-        optimizer.load_state_dict(resumed["opt"])
-        lr.load_state_dict(resumed["sched"])
-        checkpoint.restore_rng(world, resumed["rng"])
+        run.restore(resumed)
     if args.compile and world.device.type == "cuda":
         model.compile()
-    net = gated
-    if world.size > 1:
-        ids = [world.device.index] if world.device.type == "cuda" else None
-        net = DistributedDataParallel(gated, device_ids=ids, gradient_as_bucket_view=True)
+    net = distributed.wrap(world, gated)
     diffusion = create_diffusion("")
     options = sum(o.shape[0] for o in gates.options)
 
@@ -121,24 +124,6 @@ def main(args: argparse.Namespace) -> None:
         state = {n.removeprefix("gates."): t for n, t in ema.state_dict().items()}
         average.load_state_dict({n: state[n] for n in average.state_dict()})
         return average
-
-    def save(step: int) -> None:
-        rng = checkpoint.rng_states(world)
-        if world.main:
-            state = {
-                "model": gated.state_dict(),
-                "ema": ema.state_dict(),
-                "opt": optimizer.state_dict(),
-                "sched": lr.state_dict(),
-                "train_steps": step,
-                "plan": plan.architecture(),
-                "rng": rng,
-                "position": checkpoint.position(step, loader, args),
-                "args": vars(args),
-            }
-            checkpoint.save(folder / "checkpoints" / f"{step:07d}.pt", state)
-            log.info(f"saved checkpoints/{step:07d}.pt")
-        distributed.barrier(world)
 
     # Training
     running = torch.zeros((), device=world.device)
@@ -199,10 +184,10 @@ def main(args: argparse.Namespace) -> None:
             running.zero_()
             logged_step, logged_at = step, time.perf_counter()
         if step % args.ckpt_every == 0 and step < total_steps:
-            save(step)
+            log.info(f"saved {run.save(step)}")
     bar.close()
     if start_step < total_steps:
-        save(total_steps)
+        log.info(f"saved {run.save(total_steps)}")
 
     # The answer
     if world.main:
@@ -240,7 +225,7 @@ def main(args: argparse.Namespace) -> None:
                 "model": model.state_dict(),
                 "plan": load_plan(folder / "selected.yaml").architecture(),
             }
-            checkpoint.write_atomically(Path(args.save_model), lambda to: torch.save(merged, to))
+            write_whole(args.save_model, lambda partial: torch.save(merged, partial))
             log.info(f"saved the merged model as {args.save_model}")
         log.info(f"keeps {answer['kept']}")
         log.info(f"grafts {answer['grafted']}; next: --config {folder}/selected.yaml")

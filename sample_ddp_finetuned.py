@@ -1,4 +1,4 @@
-"""Samples images class-conditionally from a DiT, grafted or plain, on any number of processes.
+r"""Samples images class-conditionally from a DiT, grafted or plain, on any number of processes.
 
 Inputs:  a graft YAML and, with --graft-fusion-ckpt-path, a checkpoint of finetune_tinyfusion.py
          (without it: the YAML's own weight files); the VAE.
@@ -26,9 +26,9 @@ from diffusion import noise
 from diffusion.samplers import sample
 from evaluation.writers import describe_run, save_grid, save_npz, save_png
 from latents.codec import load_codec
+from models.files import file_sha256
 from models.grafting import build_grafted, load_trained, with_base
 from models.plan import find_file, plan_from_flags
-from models.weights import file_sha256
 from training import distributed, precision
 from training.runlog import watched
 

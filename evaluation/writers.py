@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import platform
 import subprocess
 import time
@@ -12,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+
+from models.files import write_json, write_whole
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -39,14 +40,6 @@ def environment() -> dict:
     }
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Writes JSON whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(aside, path)
-
-
 def describe_run(folder: Path, settings: dict, complete: bool) -> None:
     """Writes `folder`/samples.json; refuses a folder whose images were made with other settings.
 
@@ -72,9 +65,8 @@ def describe_run(folder: Path, settings: dict, complete: bool) -> None:
 
 def save_png(path: Path, image: np.ndarray) -> None:
     """Writes uint8 [H,W,3] as PNG, whole or not at all."""
-    aside = path.with_name(f".{path.name}.tmp")
-    Image.fromarray(image).save(aside, format="PNG")
-    os.replace(aside, path)
+    picture = Image.fromarray(image)
+    write_whole(path, lambda partial: picture.save(partial, format="PNG"), durable=False)
 
 
 def save_npz(path: Path, files: list[Path]) -> None:
@@ -85,16 +77,18 @@ def save_npz(path: Path, files: list[Path]) -> None:
         "fortran_order": False,
         "shape": (len(files), height, width, 3),
     }
-    aside = path.with_name(f".{path.name}.tmp")
-    with (
-        zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive,
-        archive.open("arr_0.npy", "w", force_zip64=True) as entry,
-    ):
-        np.lib.format.write_array_header_2_0(entry, header)
-        for file in files:
-            with Image.open(file) as image:
-                entry.write(np.asarray(image.convert("RGB"), dtype=np.uint8).tobytes())
-    os.replace(aside, path)
+
+    def write(partial: Path) -> None:
+        with (
+            zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive,
+            archive.open("arr_0.npy", "w", force_zip64=True) as entry,
+        ):
+            np.lib.format.write_array_header_2_0(entry, header)
+            for file in files:
+                with Image.open(file) as image:
+                    entry.write(np.asarray(image.convert("RGB"), dtype=np.uint8).tobytes())
+
+    write_whole(path, write)
 
 
 def save_grid(path: Path, files: list[Path]) -> None:

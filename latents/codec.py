@@ -1,10 +1,11 @@
 """The VAE between pixels and latents, behind the two calls that the pipeline makes of it."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from models.files import file_sha256
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HUB_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
@@ -111,15 +112,13 @@ def load_codec(
             "whose latents are scaled but not shifted (shift_factor null) are supported"
         )
     model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    with open(folder / WEIGHTS, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Codec(
         vae=model,
         scale=float(model.config.scaling_factor),
         downsample=2 ** (len(model.config.block_out_channels) - 1),
         channels=model.config.latent_channels,
         id=str(vae),
-        sha256=digest,
+        sha256=file_sha256(folder / WEIGHTS),
         device=device,
         dtype=dtype,
     )

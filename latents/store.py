@@ -15,15 +15,15 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
 
 from diffusion import noise
+from models.files import file_sha256, write_json, write_whole
 
 FORMAT, VERSION = "latent-store", 1
 ARRAY_NAMES = {"moments": "moments", "sample": "latents"}  # kind -> what its arrays are called
@@ -33,32 +33,9 @@ REQUIRED = ("version", "kind", "count", "shape", "dtype", "mirrors", "scale", "v
 REQUIRED += ("image_size", "crop", "class_names", "skipped", "shards")
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Writes a file that is there in full or not at all: temporary name, fsync, rename."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
-
-
-def _write_json(path: Path, value: dict) -> None:
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    write_whole(path, lambda file: file.write(text.encode()))
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _save_array(path: Path, array: np.ndarray) -> None:
+    with open(path, "wb") as file:  # given a name, numpy would add its own suffix
+        np.save(file, array, allow_pickle=False)
 
 
 class StoreWriter:
@@ -106,7 +83,7 @@ class StoreWriter:
         self.shards.mkdir(parents=True, exist_ok=True)
         if missing:
             (self.folder / "manifest.json").unlink(missing_ok=True)
-        _write_json(self.folder / "settings.json", self.settings)
+        write_json(self.folder / "settings.json", self.settings)
 
     def rows(self, shard: int) -> range:
         """The places in the picture listing that a shard holds."""
@@ -158,14 +135,14 @@ class StoreWriter:
             ("labels", labels.astype(np.int64)),
         ):
             path = self.shards / f"{shard:05d}-{name}.npy"
-            write_whole(path, lambda file, array=array: np.save(file, array, allow_pickle=False))
+            write_whole(path, lambda partial, array=array: _save_array(partial, array))
             record[name] = {
                 "file": path.relative_to(self.folder).as_posix(),
                 "bytes": path.stat().st_size,
-                "sha256": _sha256(path),
+                "sha256": file_sha256(path),
             }
         record["settings_sha256"] = self._fingerprint
-        _write_json(self._record_path(shard), record)
+        write_json(self._record_path(shard), record)
 
     def finish(self) -> dict:
         """Writes and returns the manifest; one process, once every shard is there.
@@ -186,7 +163,7 @@ class StoreWriter:
             raise ValueError(f"{self.folder}: none of the {len(skipped)} pictures could be read")
         manifest = {"format": FORMAT, "version": VERSION, **self.settings, "count": count}
         manifest |= {"skipped": skipped, "shards": records}
-        _write_json(self.folder / "manifest.json", manifest)
+        write_json(self.folder / "manifest.json", manifest)
         return manifest
 
 
@@ -214,7 +191,7 @@ def _fault(folder: Path, record: dict, contents: bool) -> str | None:
         size = path.stat().st_size
         if size != part["bytes"]:
             return f"{path} has {size} bytes, its record says {part['bytes']}"
-        if contents and _sha256(path) != part["sha256"]:
+        if contents and file_sha256(path) != part["sha256"]:
             return f"{path} differs from its sha256 {part['sha256'][:12]}"
     return None
 

@@ -1,7 +1,6 @@
 """Reads state dicts of published and own checkpoints safely, and tells what they hold."""
 
 import argparse
-import hashlib
 import pickle
 import re
 import zipfile
@@ -79,12 +78,6 @@ def _read_pickle(path: Path) -> object:
         ) from error
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"weights {path} cannot be read (torn?): {error}") from error
-
-
-def file_sha256(path: str | Path) -> str:
-    """sha256 of a file's bytes, hexadecimal."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def depth_of(state: State) -> int:

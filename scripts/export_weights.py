@@ -1,6 +1,6 @@
 """Writes the averaged weights of a training checkpoint as one half-precision safetensors file.
 
-    python scripts/export_weights.py outputs/<run>/checkpoints/0040000.pt --out dit.safetensors
+python scripts/export_weights.py outputs/<run>/checkpoints/0040000.pt --out dit.safetensors
 """
 
 import argparse

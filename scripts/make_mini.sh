@@ -8,7 +8,7 @@ mkdir -p "$out"
 
 python scripts/unpack_mini.py --out data/mini
 python scripts/train_mini_vae.py --data-path data/mini --out "$out/vae" \
-    --preview "$out/vae/preview.png" --max-minutes 4.5
+    --preview "$out/vae/preview.png"
 python scripts/train_mini_features.py --data-path data/mini \
     --labels assets/mini/images/labels.csv --out "$out/feature_net.safetensors"
 

@@ -39,15 +39,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data-path", type=Path, default=Path("data/mini"))
     parser.add_argument("--out", type=Path, default=Path("assets/mini/vae"))
     parser.add_argument("--preview", type=Path, help="PNG to write; left out: none")
-    parser.add_argument("--steps", type=int, default=16_000)
+    parser.add_argument("--steps", type=int, default=8_000)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=8e-4, help="peak, after the warm-up")
     parser.add_argument("--kl-weight", type=float, default=1e-4)
     parser.add_argument(
         "--max-minutes",
         type=float,
-        default=4.0,
-        help="wall clock from the start, compilation included; training anneals and ends by then",
+        default=math.inf,
+        help="training anneals and ends by then, compilation included, with steps left",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="default cuda where there is one, else cpu")
@@ -267,7 +267,7 @@ def main(args: argparse.Namespace) -> None:
     vae = type(vae).from_pretrained(args.out, torch_dtype=torch.float32).to(device).eval()
     copies = reconstruct(vae, heldout)
     report = {
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "settings": {k: v for k, v in vars(args).items() if not isinstance(v, Path)},
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "steps": steps,
         "seconds": round(training_seconds, 1),

@@ -398,6 +398,7 @@ def test_center_crop_follows_adm(shape):
 def test_image_folder_agrees_with_torchvision(tmp_path):
     torchvision = pytest.importorskip("torchvision")
     names = ["b/2.PNG", "b/10.png", "a/x.png", "a/sub/y.jpeg", "a/A.png", "B/z.png"]
+    names += [f"a/{folder}/p.png" for folder in "zkcxaqm"]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (9, 7), 128).save(tmp_path / name)

@@ -1,36 +1,20 @@
 """Checkpoints that are whole or absent: written aside, synced, renamed; read as plain data."""
 
 import logging
-import os
 import pickle
 import zipfile
+from argparse import Namespace
 from pathlib import Path
 
 import torch
 
-from training.distributed import World, gather_objects
+from models.files import write_whole
+from models.plan import GraftPlan
+from training.distributed import World, barrier, gather_objects
 
 FORMAT = 1
 KEYS = ("model", "ema", "opt", "sched", "train_steps", "plan", "rng", "position", "args", "format")
 log = logging.getLogger(__name__)
-
-
-def write_atomically(path: Path, write) -> None:
-    """Calls `write(temporary path)`, syncs that file and renames it to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(aside)
-        with open(aside, "rb+") as handle:
-            os.fsync(handle.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def save(path: str | Path, state: dict) -> None:
@@ -43,8 +27,8 @@ def save(path: str | Path, state: dict) -> None:
     path = Path(path)
     if set(state) != set(KEYS) - {"format"}:
         raise ValueError(f"checkpoint {path}: entries {sorted(state)} are not {sorted(KEYS)}")
-    write_atomically(path, lambda aside: torch.save({**state, "format": FORMAT}, aside))
-    write_atomically(path.with_name("latest"), lambda aside: aside.write_text(path.name + "\n"))
+    write_whole(path, lambda partial: torch.save({**state, "format": FORMAT}, partial))
+    write_whole(path.with_name("latest"), lambda p: p.write_text(path.name + "\n"))
 
 
 def load(path: str | Path) -> dict:
@@ -92,57 +76,97 @@ def find(resume: str | None, folder: str | Path) -> dict | None:
     return None
 
 
-def rng_states(world: World) -> list[dict]:
-    """The random generators' states of every process, in rank order."""
-    state = {"cpu": torch.get_rng_state()}
-    if world.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(world.device)
-    return gather_objects(world, state)
-
-
-def restore_rng(world: World, states: list[dict]) -> None:
-    """Puts this process's generators back; a run on another number of processes keeps its own."""
-    if len(states) != world.size:
-        return
-    torch.set_rng_state(states[world.rank]["cpu"])
-    if world.device.type == "cuda" and "cuda" in states[world.rank]:
-        torch.cuda.set_rng_state(states[world.rank]["cuda"], world.device)
-
-
-def position(step: int, loader, args) -> dict:
-    """Where a run stands in its data, and what that place depends on."""
-    return {
-        "epoch": step // loader.steps_per_epoch,
-        "step_in_epoch": step % loader.steps_per_epoch,
-        "global_batch_size": args.global_batch_size,
-        "global_seed": args.global_seed,
-        "images": len(loader.store),
-    }
-
-
-def check(state: dict, plan, store, args) -> int:
+def check(state: dict, plan: GraftPlan, images: int, args: Namespace) -> int:
     """The step to go on from, once the checkpoint is seen to belong to this run.
 
     Raises:
         ValueError: another architecture, batch size, seed or data set than the run's; going on
             would repeat or skip samples.
     """
-    if state["plan"] != plan.architecture():
-        ours, theirs = plan.architecture(), state["plan"]
+    ours, theirs = plan.architecture(), state["plan"]
+    if theirs != ours:
         keys = [k for k in ours if ours[k] != theirs.get(k)]
         raise ValueError(
             f"--resume: the checkpoint is of another model than {plan.path}: "
             + "; ".join(f"{k} {theirs.get(k)!r} there, {ours[k]!r} here" for k in keys)
         )
-    here = {
-        "global_batch_size": args.global_batch_size,
-        "global_seed": args.global_seed,
-        "images": len(store),
-    }
-    for key, value in here.items():
+    for key, value in _order(images, args).items():
         if state["position"][key] != value:
             raise ValueError(
                 f"--resume: the checkpoint was made with {key} {state['position'][key]}, this run "
                 f"has {value}; the data order would not continue"
             )
     return state["train_steps"]
+
+
+def _order(images: int, args: Namespace) -> dict:
+    """What the order of the samples depends on."""
+    return {
+        "images": images,
+        "global_batch_size": args.global_batch_size,
+        "global_seed": args.global_seed,
+    }
+
+
+class RunState:
+    """All that a training run must keep in order to go on as if never interrupted.
+
+    Args:
+        folder: the run folder.
+        world: this process's place; rank 0 writes.
+        plan: what the model is.
+        args: the entry's flags.
+        steps_per_epoch: of the loader, and `images` the number of samples it goes through.
+        parts: "model", "ema", "opt" and "sched", each with state_dict and load_state_dict.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        plan: GraftPlan,
+        args: Namespace,
+        *,
+        steps_per_epoch: int,
+        images: int,
+        **parts,
+    ) -> None:
+        self.folder = folder / "checkpoints"
+        self.world, self.plan, self.args = world, plan, args
+        self.steps_per_epoch, self.images = steps_per_epoch, images
+        self.parts = parts
+
+    def restore(self, state: dict) -> None:
+        """Puts everything back to what `save` wrote."""
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        if len(state["rng"]) == self.world.size:
+            mine = state["rng"][self.world.rank]
+            torch.set_rng_state(mine["cpu"])
+            if self.world.device.type == "cuda" and "cuda" in mine:
+                torch.cuda.set_rng_state(mine["cuda"], self.world.device)
+
+    def save(self, step: int) -> Path:
+        """Writes checkpoints/<step>.pt, after `step` finished steps; every process calls it."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self.world.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.world.device)
+        rng = gather_objects(self.world, rng)
+        path = self.folder / f"{step:07d}.pt"
+        if self.world.main:
+            position = {
+                "epoch": step // self.steps_per_epoch,
+                "step_in_epoch": step % self.steps_per_epoch,
+                **_order(self.images, self.args),
+            }
+            state = {
+                **{name: part.state_dict() for name, part in self.parts.items()},
+                "train_steps": step,
+                "plan": self.plan.architecture(),
+                "rng": rng,
+                "position": position,
+                "args": vars(self.args),
+            }
+            save(path, state)
+        barrier(self.world)
+        return path

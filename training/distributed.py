@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -102,6 +103,14 @@ def gather_objects(world: World, value: object) -> list:
     values: list = [None] * world.size
     dist.all_gather_object(values, value)
     return values
+
+
+def wrap(world: World, module: torch.nn.Module) -> torch.nn.Module:
+    """`module`, with gradients averaged over all processes when there are several."""
+    if world.size == 1:
+        return module
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
 
 
 def from_main(world: World, value: object) -> object:
