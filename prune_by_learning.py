@@ -1,8 +1,9 @@
-r"""Learns which blocks of a grafted DiT keep their original operator (TinyFusion, arXiv 2412.01199).
+r"""Learns which blocks of a grafted DiT keep their original operator.
 
-Both operators of every grafted block stay in the model. In each group of M blocks a Gumbel-softmax
-chooses, per sample, one of the ways to keep N originals; its logits are trained with the diffusion
-loss, together with LoRA on the frozen linear layers and with the grafted operators themselves.
+After TinyFusion (arXiv 2412.01199): both operators of every grafted block stay in the model. In
+each group of M blocks a Gumbel-softmax chooses, per sample, one of the ways to keep N originals;
+its logits are trained with the diffusion loss, together with LoRA on the frozen linear layers and
+with the grafted operators themselves.
 
 Inputs:  a latent store (extract_features.py) and a graft YAML, commonly a 75 % graft.
 Outputs: <results-dir>/<prefix>-<model>/ with selection.json (the decision and its probabilities),

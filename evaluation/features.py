@@ -1,6 +1,5 @@
 """What a score needs from a feature network, and the statistics file of a set of images."""
 
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 
 from evaluation.metrics import GaussianStats
 from evaluation.readers import npz_keys
+from models.files import write_whole
 
 
 class FeatureNet(Protocol):
@@ -45,12 +45,6 @@ class Statistics:
     count: int | None
 
 
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, as 64 hex digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def gather_stats(net: FeatureNet, batches: Iterable[torch.Tensor], device) -> GaussianStats:
     """Mean and covariance of the features of uint8 batches [B, 3, H, W], in one pass."""
     stats = GaussianStats(net.dim, device=device)
@@ -72,18 +66,20 @@ def is_stats(path: str | Path) -> bool:
 
 def save_stats(path: str | Path, stats: Statistics, net: FeatureNet, source: str) -> None:
     """Writes an .npz with mu, sigma (so pytorch-fid reads it too), count and the feature space."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    with open(aside, "wb") as file:  # a file object, for np.savez appends .npz to other names
-        np.savez(
-            file,
-            mu=stats.mu,
-            sigma=stats.sigma,
-            count=np.int64(-1 if stats.count is None else stats.count),
-            made_by=json.dumps({"format": 1, "feature_net": describe_net(net), "source": source}),
-        )
-    aside.replace(path)
+
+    def write(partial: Path) -> None:
+        with open(partial, "wb") as file:  # given a name, np.savez would append .npz to it
+            np.savez(
+                file,
+                mu=stats.mu,
+                sigma=stats.sigma,
+                count=np.int64(-1 if stats.count is None else stats.count),
+                made_by=json.dumps(
+                    {"format": 1, "feature_net": describe_net(net), "source": source}
+                ),
+            )
+
+    write_whole(path, write)
 
 
 def load_stats(path: str | Path, net: FeatureNet) -> Statistics:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from evaluation.features import file_sha256
+from models.files import file_sha256
 
 FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"
 HASH_PREFIX = "6726825d"

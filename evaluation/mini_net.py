@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from evaluation.features import file_sha256
+from models.files import file_sha256, write_whole
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "assets" / "mini" / "feature_net.safetensors"
 SIZE = 64
@@ -88,16 +88,13 @@ class MiniFeatures:
 
 
 def save_weights(net: MiniNet, path: str | Path, **metadata) -> None:
-    """Writes a MiniNet in float16, through a temporary file."""
+    """Writes a MiniNet in float16, whole or not at all."""
     from safetensors.torch import save_file
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     state = {
         name: tensor.detach().cpu().half().contiguous()
         for name, tensor in net.state_dict().items()
         if not name.endswith("num_batches_tracked")
     }
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(state, temporary, metadata={name: str(value) for name, value in metadata.items()})
-    temporary.replace(path)
+    words = {name: str(value) for name, value in metadata.items()}
+    write_whole(path, lambda partial: save_file(state, partial, metadata=words))

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
-from evaluation.features import FeatureNet, describe_net, file_sha256
+from evaluation.features import FeatureNet, describe_net
 from evaluation.writers import environment
+from models.files import file_sha256
 
 
 def describe_input(path: str | Path, files: int | None = None) -> dict:

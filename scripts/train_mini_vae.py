@@ -46,7 +46,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--max-minutes",
         type=float,
-        default=math.inf,
         help="training anneals and ends by then, compilation included, with steps left",
     )
     parser.add_argument("--seed", type=int, default=0)
@@ -219,7 +218,7 @@ def main(args: argparse.Namespace) -> None:
     terms = torch.compile(loss_terms) if compiled else loss_terms
     latent_side = train.shape[-1] // 2 ** (len(vae.config.block_out_channels) - 1)
 
-    budget = 60 * args.max_minutes
+    budget = math.inf if args.max_minutes is None else 60 * args.max_minutes
     steps = 0
     while steps < args.steps:
         # The clock counts too, so that the rate has reached its end whichever limit is met.

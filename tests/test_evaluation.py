@@ -295,8 +295,8 @@ def test_inception_fid_equals_pytorch_fid(tmp_path, inception_weights, monkeypat
     from pytorch_fid import fid_score, inception
 
     folders = [
-        write_pictures(tmp_path / "reference", pictures(8, 48)),
-        write_pictures(tmp_path / "samples", pictures(7, 48, seed=1, smooth=True)),
+        write_pictures(tmp_path / "reference", pictures(6, 48)),
+        write_pictures(tmp_path / "samples", pictures(5, 48, seed=1, smooth=True)),
     ]
     state = torch.load(inception_weights, weights_only=True)
     monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: state)
@@ -307,27 +307,27 @@ def test_inception_fid_equals_pytorch_fid(tmp_path, inception_weights, monkeypat
         )
         for folder in folders
     ]
-    # Their matrix root takes a minute for 2048 dimensions. All the variance of 15 images lies in
-    # a space of 15, to which both Gaussians can be turned without changing their distance.
+    # Their matrix root takes a minute for 2048 dimensions. All the variance of 11 images lies in
+    # a space of 11, to which both Gaussians can be turned without changing their distance.
     columns = np.hstack(
         [moments[0][0][:, None], moments[1][0][:, None], moments[0][1], moments[1][1]]
     )
-    sketch = np.random.default_rng(0).normal(size=(columns.shape[1], 15))
-    basis = np.linalg.qr(columns @ sketch)[0]  # [2048, 15]
+    sketch = np.random.default_rng(0).normal(size=(columns.shape[1], 11))
+    basis = np.linalg.qr(columns @ sketch)[0]  # [2048, 11]
     expected = fid_score.calculate_frechet_distance(
         *(part for mu, sigma in moments for part in (mu @ basis, basis.T @ sigma @ basis))
     )
     evaluate(
         monkeypatch, *folders, "--inception-weights", inception_weights, "--device", "cpu",
-        "--batch-size", 5,
+        "--batch-size", 4,
     )  # fmt: skip
     report = json.loads((folders[1] / "metrics.json").read_text())
     assert report["metrics"]["fid"] == pytest.approx(expected, rel=1e-4)
     assert report["metrics"]["fid"] > 1e-3
     assert report["protocol"] == "pytorch-fid"
-    assert report["num_samples"] == 7 and report["num_reference"] == 8
+    assert report["num_samples"] == 5 and report["num_reference"] == 6
     assert len(report["feature_net"]["sha256"]) == 64
-    assert any("7 samples for 2048 features" in line for line in report["warnings"])
+    assert any("5 samples for 2048 features" in line for line in report["warnings"])
 
 
 def test_adm_features_differ_from_pytorch_fid_features(inception_weights):
@@ -382,7 +382,7 @@ def test_mini_record_belongs_to_the_weights_and_promises_hold():
 
 def test_mini_distance_sees_damage_and_missing_kinds():
     sheets = sorted((WEIGHTS.parent / "images").glob("*.webp"))
-    images = torch.cat([contact_sheet(path)[:32] for path in sheets])  # [288, 3, 64, 64]
+    images = torch.cat([contact_sheet(path)[:40] for path in sheets])  # [360, 3, 64, 64]
     one, two = images[::2], images[1::2]
     net = MiniFeatures()
     reference = gather_stats(net, one.split(48), "cpu")
@@ -394,11 +394,11 @@ def test_mini_distance_sees_damage_and_missing_kinds():
     pooled = F.interpolate(F.avg_pool2d(two.float(), 2), scale_factor=2).to(torch.uint8)
     coarse = F.interpolate(F.avg_pool2d(two.float(), 4), scale_factor=4).to(torch.uint8)
     dice = torch.Generator().manual_seed(0)
-    noisy = (two + 40 * torch.randn(two.shape, generator=dice)).clamp(0, 255).to(torch.uint8)
+    noisy = (two + 60 * torch.randn(two.shape, generator=dice)).clamp(0, 255).to(torch.uint8)
     rolled = torch.cat([two[:, :, :, 32:], two[:, :, :, :32]], 3)
     clean = distance(two)
     assert clean < distance(pooled) < distance(coarse)
-    assert 2 * clean < min(map(distance, (coarse, noisy, rolled, two[:36].repeat(4, 1, 1, 1))))
+    assert 2 * clean < min(map(distance, (coarse, noisy, rolled, two[:36].repeat(5, 1, 1, 1))))
 
 
 def contact_sheet(path):

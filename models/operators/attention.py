@@ -96,7 +96,7 @@ def blocked_window_attention(
     first = torch.arange(blocks, device=q.device).view(blocks, 1, 1) * S - left
     key = first + torch.arange(span, device=q.device)  # blocks 1 span
     seen = (key >= query - left) & (key <= query + right)
-    # queries past the end are cut off below, but a row that sees nothing would give NaN gradients
+    # queries past the end are cut off below; they see padding, as a row must see something
     seen &= ((key >= 0) & (key < T)) | (query >= T)
 
     q = F.pad(q, (0, 0, 0, fill)).reshape(B * H, blocks, S, d)
