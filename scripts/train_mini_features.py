@@ -7,7 +7,7 @@ Out: --out, the weights in float16, and beside them <name>.json: how they were m
 
 The network learns four things at once from augmented and damaged pictures: the class, the
 subgroup, how much of each kind of damage there is, and an 8x8 thumbnail of what it is shown.
-Damage therefore moves a picture in feature space by as much as a change of class does.
+Damage therefore moves a picture in feature space, and not its class alone.
 The heldout pictures are never trained on; they check that new clean pictures stay close.
 
     python scripts/train_mini_features.py --data-path data/mini    # about a minute on a GPU

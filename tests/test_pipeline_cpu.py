@@ -127,7 +127,8 @@ def test_samples_are_described_packed_and_scored(work, pair):
     assert (work / "samples" / "two-grid.png").is_file()
     run("evaluate_fid.py", work / "images", folder, "--feature-net", "mini", "--device", "cpu")
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert "fd_mini" in json.dumps(metrics) and "fid" not in metrics
+    assert list(metrics["metrics"]) == ["fd_mini"] and metrics["metrics"]["fd_mini"] > 0
+    assert metrics["samples_json"]["settings"] == record["settings"]
 
 
 def test_one_process_draws_the_images_of_two(work, pair):
@@ -197,7 +198,7 @@ def test_trained_grafts_score_far_better_than_fresh_ones(work):
         folder = work / "samples" / init
         run("evaluate_fid.py", work / "all/train", folder, "--feature-net", "mini",
             "--device", "cpu", "--output", work / f"{init}.json")  # fmt: skip
-        scores[init] = json.loads((work / f"{init}.json").read_text())["value"]
+        scores[init] = json.loads((work / f"{init}.json").read_text())["metrics"]["fd_mini"]
     assert scores["fresh"] > 2 * scores["inherit"], scores
 
 
