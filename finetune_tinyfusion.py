@@ -26,6 +26,7 @@ from latents.store import open_latents
 from models.grafting import build_grafted, with_base
 from models.plan import plan_from_flags
 from training import checkpoint, distributed, precision
+from training.compilation import compile_step
 from training.draws import draw
 from training.ema import Ema
 from training.optimizer import StepGuard, adamw, count, schedule
@@ -92,8 +93,7 @@ def main(args: argparse.Namespace) -> None:
     )
     if resumed is not None:
         run.restore(resumed)
-    if args.compile and world.device.type == "cuda":
-        model.compile()
+    latents, draws_of = compile_step(world, args.compile, model, store.latents, draw)
     net = distributed.wrap(world, model)
     diffusion = create_diffusion("")
 
@@ -104,8 +104,8 @@ def main(args: argparse.Namespace) -> None:
     for batch in loader:
         if batch.step >= total_steps:
             break
-        x = store.latents(batch.moments, batch.index, args.global_seed, batch.epoch)  # [B,C,H,W]
-        draws = draw(
+        x = latents(batch.moments, batch.index, args.global_seed, batch.epoch)  # [B,C,H,W]
+        draws = draws_of(
             args.global_seed,
             batch.epoch,
             batch.index,

@@ -32,6 +32,7 @@ from models.grafting import build_grafted, with_base
 from models.plan import load_plan, write_plan
 from models.selection import GatedDiT, LayerGates, settle
 from training import checkpoint, distributed, precision
+from training.compilation import compile_step
 from training.draws import draw
 from training.ema import Ema
 from training.lora import add_lora, merge_lora
@@ -114,8 +115,9 @@ def main(args: argparse.Namespace) -> None:
     )
     if resumed is not None:
         run.restore(resumed)
-    if args.compile and world.device.type == "cuda":
-        model.compile()
+    latents, draws_of, uniform = compile_step(
+        world, args.compile, model, store.latents, draw, noise.uniform
+    )
     net = distributed.wrap(world, gated)
     diffusion = create_diffusion("")
     options = sum(o.shape[0] for o in gates.options)
@@ -138,12 +140,14 @@ def main(args: argparse.Namespace) -> None:
         tau = args.tau_range[0] + (args.tau_range[1] - args.tau_range[0]) * done
         scaling = args.scaling_range[0] + (args.scaling_range[1] - args.scaling_range[0]) * done
         seed, epoch, index = args.global_seed, batch.epoch, batch.index
-        x = store.latents(batch.moments, index, seed, epoch)  # [B,C,H,W]
-        draws = draw(seed, epoch, index, x.shape[1:], diffusion.num_timesteps, args.class_dropout)
+        x = latents(batch.moments, index, seed, epoch)  # [B,C,H,W]
+        draws = draws_of(
+            seed, epoch, index, x.shape[1:], diffusion.num_timesteps, args.class_dropout
+        )
         inputs = {
             "y": batch.labels,
             "drop": draws.drop,
-            "uniform": noise.uniform(seed, noise.GATE, index, (options,), step=epoch),
+            "uniform": uniform(seed, noise.GATE, index, (options,), step=epoch),
             "tau": tau,
             "scaling": scaling,
         }

@@ -30,6 +30,7 @@ from models.files import file_sha256
 from models.grafting import build_grafted, load_trained, with_base
 from models.plan import find_file, plan_from_flags
 from training import distributed, precision
+from training.compilation import compile_step
 from training.runlog import watched
 
 
@@ -63,8 +64,7 @@ def main(args: argparse.Namespace) -> None:
             f"pixels; {plan.model_name} at {plan.image_size} px needs {model.in_channels} channels "
             f"of {plan.input_size} x {plan.input_size}"
         )
-    if args.compile and world.device.type == "cuda":
-        model.compile()
+    (step_normal,) = compile_step(world, args.compile, model, noise.normal)
 
     # Folder: made once, described, never mixed with images of other settings
     name = args.folder_name or default_name(args, plan.model_name, checkpoint)
@@ -126,7 +126,7 @@ def main(args: argparse.Namespace) -> None:
                 sampler=args.sampler,
                 steps=args.num_sampling_steps,
                 start=noise.normal(seed, noise.START, index, shape),
-                step_noise=lambda k, i=index: noise.normal(seed, noise.STEP, i, shape, step=k),
+                step_noise=lambda k, i=index: step_normal(seed, noise.STEP, i, shape, step=k),
             )
             images = codec.decode(latents).cpu().numpy()  # [B,H,W,3] uint8
             for i, image in zip(index.tolist(), images, strict=True):

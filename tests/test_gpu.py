@@ -83,7 +83,7 @@ def large(tmp_path_factory):
 def test_xl_selects_finetunes_and_samples(large):
     folder, configs = large
     common = ["--data-path", folder / "latents", "--results-dir", folder, "--max-steps", 1]
-    common += ["--global-batch-size", 4, "--log-every", 1]
+    common += ["--global-batch-size", 4, "--log-every", 1, "--no-compile"]
     run(
         "prune_by_learning.py", "--load-weight", folder / "base.pt", "--delta-w", "--lora",
         "--config", configs["75p_swa"], "--prefix", "selection", *common,
@@ -100,25 +100,52 @@ def test_xl_selects_finetunes_and_samples(large):
         "sample_ddp_finetuned.py", "--num-fid-samples", 2, "--vae", folder / "vae",
         "--config-filepath", configs["50p_graftfusion75_swa"], "--sample-dir", folder,
         "--graft-fusion-ckpt-path", folder / "tuned-DiT-XL-2/checkpoints/0000001.pt",
-        "--folder-name", "samples",
+        "--folder-name", "samples", "--no-compile",
     )  # fmt: skip
     assert np.load(folder / "samples.npz")["arr_0"].shape == (2, 256, 256, 3)
 
 
-def test_compiled_mini_steps_follow_eager_ones(tmp_path):
-    run("scripts/unpack_mini.py", "--out", tmp_path / "mini")
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory):
+    """Latents of the testbed's heldout pictures."""
+    folder = tmp_path_factory.mktemp("mini")
+    run("scripts/unpack_mini.py", "--out", folder)
     run(
         "extract_features.py", "--vae", "assets/mini/vae", "--image-size", 64,
-        "--num-classes", 9, "--no-mirror", "--data-path", tmp_path / "mini" / "heldout",
-        "--features-path", tmp_path / "latents",
+        "--num-classes", 9, "--no-mirror", "--data-path", folder / "heldout",
+        "--features-path", folder / "latents",
     )  # fmt: skip
+    return folder
+
+
+SELECT = ("prune_by_learning.py", "--delta-w", "--lora", "--tau-range", 4, 4)
+
+
+@pytest.mark.parametrize("entry", [("finetune_tinyfusion.py",), SELECT], ids=lambda e: e[0][:-3])
+def test_compiled_steps_follow_eager_ones(mini, entry):
+    """bf16 rounding apart: the same data, noise and draws, so the losses stay together."""
     losses = {}
     for mode in ("--compile", "--no-compile"):
+        prefix = f"{entry[0][:-3]}{mode}"
         run(
-            "finetune_tinyfusion.py", "--config", "configs/mini/75p_swa.yaml", mode,
-            "--data-path", tmp_path / "latents", "--results-dir", tmp_path, "--prefix", mode[2:],
-            "--max-steps", 20, "--global-batch-size", 32, "--log-every", 1,
+            *entry, "--config", "configs/mini/75p_swa.yaml", mode, "--results-dir", mini,
+            "--data-path", mini / "latents", "--prefix", prefix, "--max-steps", 12,
+            "--global-batch-size", 32, "--log-every", 1,
         )  # fmt: skip
-        lines = (tmp_path / f"{mode[2:]}-DiT-Mini-2" / "metrics.jsonl").read_text().splitlines()
+        lines = (mini / f"{prefix}-DiT-Mini-2" / "metrics.jsonl").read_text().splitlines()
         losses[mode] = [json.loads(line)["loss"] for line in lines]
     np.testing.assert_allclose(losses["--compile"], losses["--no-compile"], rtol=0.02)
+
+
+def test_samples_of_gpu_and_cpu_are_the_same_pictures(mini):
+    """fp32 on both: the noise of an image does not depend on the device that makes it."""
+    settings = ["--config", "configs/mini/75p_swa.yaml", "--num-fid-samples", 4, "--no-tf32"]
+    settings += ["--sampler", "dpm++", "--num-sampling-steps", 8, "--precision", "fp32"]
+    settings += ["--sample-dir", mini, "--no-compile"]
+    run("sample_ddp_finetuned.py", *settings, "--folder-name", "gpu")
+    run("sample_ddp_finetuned.py", *settings, "--folder-name", "cpu", "--device", "cpu")
+    gpu, cpu = (np.load(mini / f"{name}.npz")["arr_0"].astype(int) for name in ("gpu", "cpu"))
+    assert np.abs(gpu - cpu).mean() < 0.5
+    run("evaluate_fid.py", mini / "heldout", mini / "gpu", "--feature-net", "mini")
+    score = json.loads((mini / "gpu" / "metrics.json").read_text())["metrics"]["fd_mini"]
+    assert np.isfinite(score)

@@ -1,14 +1,13 @@
 """The random numbers of a training step, each a function of (seed, epoch, sample index) alone."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from diffusion import noise
 
 
-@dataclass(frozen=True)
-class Draws:
+class Draws(NamedTuple):
     """What the diffusion loss of a batch needs beside the latents.
 
     Attributes:
