@@ -68,6 +68,10 @@ def _read_safetensors(path: Path) -> dict:
 
 
 def _read_pickle(path: Path) -> object:
+    if not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"weights {path} cannot be read: torn, or in the format of PyTorch before 1.6"
+        )
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -76,7 +80,7 @@ def _read_pickle(path: Path) -> object:
         raise ValueError(
             f"weights {path} is refused: torn, or holding more than plain tensors ({first})"
         ) from error
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
+    except (RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"weights {path} cannot be read (torn?): {error}") from error
 
 

@@ -41,9 +41,11 @@ def load(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"--resume {path}: no such checkpoint")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"checkpoint {path} cannot be read: torn, or no checkpoint")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, OSError) as error:
+    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
         raise ValueError(f"checkpoint {path} cannot be read (torn or foreign): {error}") from error
     if not isinstance(state, dict) or not set(KEYS) <= set(state):
         raise ValueError(
