@@ -14,6 +14,7 @@ torchrun, on CPU or GPU; several nodes need a shared --features-path.
 """
 
 import argparse
+import os
 import time
 
 import numpy as np
@@ -75,7 +76,7 @@ def main(args: argparse.Namespace) -> None:
     loader = DataLoader(
         pictures,
         batch_sampler=[list(rows) for _, rows in batches],
-        num_workers=min(args.num_workers, len(batches)),
+        num_workers=min(args.num_workers, len(batches), len(os.sched_getaffinity(0))),
         collate_fn=collate,
         pin_memory=world.device.type == "cuda",
     )
@@ -98,8 +99,10 @@ def main(args: argparse.Namespace) -> None:
         if step % args.log_every == 0 or step == len(batches):
             now = time.perf_counter()
             rate = (done - counted) / (now - since)
-            log.info(f"rank 0: {done:,} images, {rate * world.size:.1f} images/s over all ranks")
-            log.metrics(step, images=done * world.size, images_per_second=rate * world.size)
+            log.info(
+                f"rank 0: {done:,} images; about {rate * world.size:.1f} images/s over all ranks"
+            )
+            log.metrics(step, rank_0_images=done, images_per_second=rate * world.size)
             counted, since = done, now
     bar.close()
 

@@ -6,6 +6,10 @@ import torch
 
 from training.distributed import World
 
+# Left to itself Inductor folds the arange in diffusion.noise into 32-bit index arithmetic, where
+# Philox's 32-bit multipliers do not fit.
+FUNCTION_OPTIONS = {"constant_and_index_propagation": False}
+
 
 def compile_step(
     world: World, wanted: bool, model: torch.nn.Module, *functions: Callable
@@ -19,4 +23,4 @@ def compile_step(
     if not wanted or world.device.type != "cuda":
         return functions
     model.compile(mode="reduce-overhead" if world.size == 1 else "default")
-    return tuple(torch.compile(function) for function in functions)
+    return tuple(torch.compile(function, options=FUNCTION_OPTIONS) for function in functions)
