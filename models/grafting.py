@@ -102,7 +102,10 @@ def build_grafted(
         FileNotFoundError: a weight file is missing; says where it was looked for.
         ValueError: a file holds another operator, width or block list than the plan.
     """
-    model = build_dit(plan.model_name, plan.input_size, num_classes=plan.num_classes)
+    has_files = plan.base_ckpt_path is not None or plan.grafted_ckpt_path is not None
+    # A file replaces every tensor of the DiT itself, so that none needs memory or a start.
+    with torch.device("meta" if weights and has_files else "cpu"):
+        model = build_dit(plan.model_name, plan.input_size, num_classes=plan.num_classes)
     graft(model, plan, pairs)
     own = model.state_dict()
     if not weights:
@@ -113,7 +116,8 @@ def build_grafted(
             sources.fill_slot(block, slot, pairs)
     sources.fill_outside_slots()
     report = sources.finish()
-    model.load_state_dict(sources.tensors, strict=True)
+    tensors = {n: t.to(torch.float32, copy=True) for n, t in sources.tensors.items()}
+    model.load_state_dict(tensors, strict=True, assign=True)
     return model, report
 
 
@@ -306,7 +310,7 @@ class _Sources:
                     f"{new} {list(shape)} does not fit the original {old}; use graft_init: fresh "
                     "or distilled weights"
                 )
-            self._take(place + new, original[old].clone(), "inherited")
+            self._take(place + new, original[old], "inherited")
 
     def fill_outside_slots(self) -> None:
         """Fills all that no graft can touch, from the checkpoint when there is one or the base."""

@@ -74,7 +74,8 @@ def _read_pickle(path: Path) -> object:
         )
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # mapped: of a training checkpoint only the weights are read, not the optimiser's state
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         first = str(error).splitlines()[0]
         raise ValueError(

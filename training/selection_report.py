@@ -76,7 +76,7 @@ def plot_trajectory(lines: Path, gates: LayerGates, picture: Path) -> None:
             axis.plot(steps, curves[:, option], label=label, linewidth=1.6)
         axis.set_title(f"blocks {first} to {end - 1}", fontsize=10)
         axis.set_ylim(-0.02, 1.02)
-        axis.legend(title="keeps", fontsize=7, title_fontsize=7, loc="upper left")
+        axis.legend(title="keeps", fontsize=7, title_fontsize=7, loc="best")
         axis.grid(alpha=0.3)
     top.supxlabel("step", fontsize=9)
     top.supylabel("probability of the option", fontsize=9)
