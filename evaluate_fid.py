@@ -3,9 +3,10 @@
 Inputs:  REFERENCE, an .npz with mu and sigma (ADM's reference batch, pytorch-fid's, or one that
          --save-stats made), an image folder, or an .npz with arr_0; SAMPLES, an image folder or
          an .npz with arr_0. Folders are read with all folders below them.
-Outputs: metrics.json (in the sample folder, or <name>.metrics.json beside <name>.npz) with the
-         scores and all that they depend on; a table row; with --save-stats the statistics of
-         REFERENCE as an .npz, for which SAMPLES may be left out.
+Outputs: <SAMPLES>/metrics.json where SAMPLES is a folder with samples.json, else
+         <SAMPLES>.metrics.json beside the folder or <name>.npz: the scores and all that they
+         depend on; a table row; with --save-stats the statistics of REFERENCE as an .npz, for
+         which SAMPLES may be left out.
 
     python evaluate_fid.py VIRTUAL_imagenet256_labeled.npz samples/<name>.npz --protocol adm
     python evaluate_fid.py data/mini/train samples/<name> --feature-net mini
@@ -30,6 +31,7 @@ from evaluation.mini_net import MiniFeatures
 from evaluation.readers import batches, conversion_note, open_images
 from evaluation.report import (
     build_report,
+    check_roles,
     default_output,
     describe_input,
     find_doubts,
@@ -37,7 +39,7 @@ from evaluation.report import (
     table,
 )
 from models.files import write_json
-from training import distributed, precision
+from training import arguments, distributed, precision
 from training.runlog import watched
 
 
@@ -47,9 +49,17 @@ def main(args: argparse.Namespace) -> None:
     precision.allow_tf32(False)  # TF32 convolutions move an FID in its third digit
     if args.samples is None and args.save_stats is None:
         raise ValueError("SAMPLES is missing (only --save-stats goes without)")
-    if args.batch_size < 1 or args.num_workers < 1:
-        raise ValueError("--batch-size and --num-workers must be at least 1")
-    notes = []
+    record = None
+    if args.samples is not None:
+        check_roles(args.reference, args.samples)
+        record = samples_record(args.samples)
+    notes, doubts = [], []
+
+    def warn(*sentences: str) -> None:
+        doubts.extend(sentences)
+        if world.main:
+            for sentence in sentences:
+                print(f"warning: {sentence}")
 
     # Feature network
     if args.feature_net == "mini":
@@ -89,6 +99,13 @@ def main(args: argparse.Namespace) -> None:
     files = None
     if is_stats(args.reference):
         reference = load_stats(args.reference, net)
+        if args.feature_net == "inception" and args.protocol is None and not reference.known_space:
+            other = next(name for name in PROTOCOLS if name != net.protocol)
+            warn(
+                f"{args.reference} does not say its protocol; the samples are prepared by "
+                f"{net.protocol}, which is right for statistics of that tool: if it was made as "
+                f"ADM's reference batches are, give --protocol {other}"
+            )
     else:
         images = open_images(args.reference)
         files = len(images)
@@ -102,15 +119,7 @@ def main(args: argparse.Namespace) -> None:
         scored = statistics_of(samples, "samples")
         if world.main:
             distance = frechet_distance(scored.mu, scored.sigma, reference.mu, reference.sigma)
-            record = samples_record(args.samples)
-            doubts = find_doubts(
-                net,
-                args.reference,
-                reference.count,
-                scored.count,
-                record,
-                samples_hold_stats=is_stats(args.samples),
-            )
+            warn(*find_doubts(net, reference.count, scored.count, record))
             report = build_report(
                 net,
                 {net.metric: distance},
@@ -124,32 +133,35 @@ def main(args: argparse.Namespace) -> None:
             )
             output = args.output or default_output(args.samples)
             write_json(output, report)
-            for doubt in doubts:
-                print(f"warning: {doubt}")
             print(table(report))
             print(f"wrote {output}")
     distributed.barrier(world)
     distributed.stop()
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = arguments.parser(__doc__)
     add = parser.add_argument
     add("reference", metavar="REFERENCE", type=Path, help="statistics, folder or .npz of images")
     add("samples", metavar="SAMPLES", type=Path, nargs="?", help="folder or .npz of images")
     add("--feature-net", choices=["inception", "mini"], default="inception", help="whose features")
-    add("--protocol", choices=PROTOCOLS, help="of Inception (default pytorch-fid)")
-    add("--inception-weights", type=Path, help="weight file (default: pretrained/, then download)")
-    add("--batch-size", type=int, default=64, help="images at a time on a process (default 64)")
-    add("--num-workers", type=int, default=min(8, os.cpu_count() or 1), help="reading threads")
-    add("--device", help="cuda, cuda:1 or cpu (default: CUDA where there is any)")
-    add("--output", type=Path, help="where metrics.json goes")
-    add("--save-stats", type=Path, help="writes REFERENCE's statistics to this .npz")
-    return parser.parse_args()
+    add("--protocol", choices=PROTOCOLS, help="of Inception (unset: pytorch-fid)")
+    add(
+        "--inception-weights",
+        type=Path,
+        help="weight file (unset: looked for in pretrained/ and torch hub's cache, then fetched)",
+    )
+    add("--batch-size", type=arguments.positive, default=64, help="images at a time on a process")
+    add(
+        "--num-workers",
+        type=arguments.positive,
+        default=min(8, os.cpu_count() or 1),
+        help="reading threads of a process",
+    )
+    add("--device", help="cuda, cuda:1 or cpu (unset: CUDA where there is any)")
+    add("--output", type=Path, help="the report's file (unset: see Outputs)")
+    add("--save-stats", type=Path, help="the .npz for REFERENCE's statistics (unset: none)")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

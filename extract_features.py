@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from diffusion import noise
 from latents.codec import Codec, load_codec
-from latents.images import ImageFolder, collate
+from latents.images import LabelledImages, collate
 from latents.store import StoreWriter
-from training import distributed, precision
+from training import arguments, distributed, precision
 from training.runlog import RunLog, watched
 
 
@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> None:
     world = distributed.start(args.device, timeout_minutes=240)
     dtype = precision.choose(args.precision, world.device)
     precision.allow_tf32(dtype != torch.float32)
-    pictures = ImageFolder(args.data_path, args.image_size)
+    pictures = LabelledImages(args.data_path, args.image_size)
     classes = len(pictures.class_names)
     if classes > args.num_classes:
         raise ValueError(
@@ -60,11 +60,12 @@ def main(args: argparse.Namespace) -> None:
     distributed.barrier(world)
     log = RunLog(args.features_path, world, vars(args), tensorboard=False)
     log.info(
-        f"{len(pictures):,} images of {classes} classes in {args.data_path}; {writer.num_shards} "
-        f"shards, {len(missing)} to do on {world.size} x {world.device.type}, {dtype}"
+        f"{args.data_path}: images {len(pictures):,}, classes {classes}, shards "
+        f"{writer.num_shards}, of these to do {len(missing)}, on {world.size} x "
+        f"{world.device.type}, {dtype}"
     )
     if classes < args.num_classes:
-        log.info(f"{classes} class folders, fewer than --num-classes {args.num_classes}: a subset?")
+        log.info(f"class folders {classes}, fewer than --num-classes {args.num_classes}: a subset?")
 
     # Encoding: batches never cross a shard, so a shard's bytes depend on its pictures alone
     batches = [
@@ -76,7 +77,7 @@ def main(args: argparse.Namespace) -> None:
     loader = DataLoader(
         pictures,
         batch_sampler=[list(rows) for _, rows in batches],
-        num_workers=min(args.num_workers, len(batches), len(os.sched_getaffinity(0))),
+        num_workers=min(args.num_workers, len(batches), usable_cpus()),
         collate_fn=collate,
         pin_memory=world.device.type == "cuda",
     )
@@ -86,7 +87,10 @@ def main(args: argparse.Namespace) -> None:
     for step, ((shard, rows), batch) in enumerate(zip(batches, loader, strict=True), start=1):
         images, batch_labels, positions, errors = batch
         if errors and args.on_error == "fail":
-            raise ValueError(f"{errors[0]}; replace or remove it, or pass --on-error skip")
+            raise ValueError(
+                f"{errors[0]}; replace it or pass --on-error skip (what is encoded stays; repeat "
+                "the command to go on)"
+            )
         skipped += errors
         if len(images):
             arrays.append(encode(codec, images, positions, args))
@@ -100,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
             now = time.perf_counter()
             rate = (done - counted) / (now - since)
             log.info(
-                f"rank 0: {done:,} images; about {rate * world.size:.1f} images/s over all ranks"
+                f"rank 0: images {done:,}; about {rate * world.size:.1f} a second over all ranks"
             )
             log.metrics(step, rank_0_images=done, images_per_second=rate * world.size)
             counted, since = done, now
@@ -110,12 +114,19 @@ def main(args: argparse.Namespace) -> None:
     distributed.barrier(world)
     if world.main:
         manifest = writer.finish()
-        log.info(f"{manifest['count']:,} images in {args.features_path}/manifest.json")
+        log.info(f"{args.features_path}/manifest.json: images {manifest['count']:,}")
         for sentence in manifest["skipped"]:
             log.info(f"skipped: {sentence}")
     distributed.barrier(world)
     log.close()
     distributed.stop()
+
+
+def usable_cpus() -> int:
+    """Cores that this process may use; where the system does not say, all."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def encode(
@@ -150,7 +161,7 @@ def joined(
 
 
 def describe(
-    args: argparse.Namespace, pictures: ImageFolder, codec: Codec, dtype: torch.dtype
+    args: argparse.Namespace, pictures: LabelledImages, codec: Codec, dtype: torch.dtype
 ) -> dict:
     """What the manifest says of the whole store, and what a restart must agree with."""
     side = args.image_size // codec.downsample
@@ -173,77 +184,70 @@ def describe(
     }
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = arguments.parser(__doc__)
     add = parser.add_argument_group("data").add_argument
     add("--data-path", required=True, help="image folder, <class>/<picture> below it")
-    add("--features-path", default="features", help="latent store to write (default features)")
-    add("--image-size", type=positive, default=256, help="side of the crop, pixels (default 256)")
+    add("--features-path", default="features", help="latent store to write")
+    add("--image-size", type=arguments.positive, default=256, help="side of the crop, pixels")
     add(
         "--num-classes",
-        type=positive,
+        type=arguments.positive,
         default=1000,
-        help="classes of the model to come; more class folders are an error (default 1000)",
+        help="classes of the model to come; more class folders are an error",
     )
     add(
         "--on-error",
         choices=("fail", "skip"),
         default="fail",
         help="unreadable pictures: end the run naming the file, or leave it out and list it in "
-        "the manifest (default fail)",
+        "the manifest",
     )
     add = parser.add_argument_group("encoding").add_argument
     add(
         "--vae",
         default="ema",
         help="ema, mse (stabilityai/sd-vae-ft-*, from pretrained/ or the hub) or a diffusers "
-        "AutoencoderKL folder (default ema)",
+        "AutoencoderKL folder",
     )
     add("--no-mirror", action="store_true", help="store the images only, half the space")
     add(
         "--storage",
         choices=("moments", "sample"),
         default="moments",
-        help="sample: one scaled draw an image and mirror, half the space, frozen for good "
-        "(default moments)",
+        help="sample: one scaled draw an image and mirror, half the space, frozen for good",
     )
-    add("--shard-size", type=positive, default=8192, help="images a shard (default 8192)")
+    add("--shard-size", type=arguments.positive, default=8192, help="images a shard")
     add(
         "--global-batch-size",
-        type=positive,
+        type=arguments.positive,
         default=256,
         help="images in one batch; every process takes batches of this size, so that the result "
-        "does not depend on their number (default 256)",
+        "does not depend on their number",
     )
-    add("--global-seed", type=int, default=0, help="of --storage sample (default 0)")
+    add("--global-seed", type=arguments.seed, default=0, help="of the draws of --storage sample")
     add(
         "--precision",
         choices=("bf16", "fp32"),
-        help="of the VAE (default bf16 on CUDA, fp32 elsewhere)",
+        help="of the VAE (unset: bf16 on CUDA, fp32 elsewhere)",
     )
-    add("--device", help="cuda, cuda:1 or cpu (default cuda where there is one)")
-    add("--num-workers", type=int, default=4, help="decoding processes a rank (default 4)")
-    add("--log-every", type=positive, default=100, help="batches between log lines (default 100)")
+    add("--device", help="cuda, cuda:1 or cpu (unset: CUDA where there is any)")
+    add(
+        "--num-workers",
+        type=arguments.nonnegative,
+        default=4,
+        help="decoding processes a rank; 0: the rank itself",
+    )
+    add("--log-every", type=arguments.positive, default=100, help="batches between log lines")
     add = parser.add_argument_group(
         "accepted so that old commands run, and without effect on an extraction"
     ).add_argument
-    add("--model", default="DiT-XL/2", help="the latents serve every model of their size")
-    add("--results-dir", default="results", help="the log goes to --features-path")
-    add("--epochs", type=int, default=1, help="every image is encoded once")
-    add("--ckpt-every", type=int, default=1, help="every shard is a restart point")
+    add("--model", help="the latents serve every model of their size")
+    add("--results-dir", help="the log goes to --features-path")
+    add("--epochs", type=int, help="every image is encoded once")
+    add("--ckpt-every", type=int, help="every shard is a restart point")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    distributed.run(main, parse_args())

@@ -14,6 +14,7 @@ DiT. The same command runs without torchrun, on CPU or GPU.
 """
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -25,12 +26,16 @@ from latents.loader import LatentLoader
 from latents.store import open_latents
 from models.grafting import build_grafted, with_base
 from models.plan import plan_from_flags
-from training import checkpoint, distributed, precision
+from training import arguments, checkpoint, distributed, precision
 from training.compilation import compile_step
 from training.draws import draw
 from training.ema import Ema
-from training.optimizer import StepGuard, adamw, count, schedule
+from training.optimizer import SCHEDULES, StepGuard, adamw, count, schedule
 from training.runlog import RunLog, watched
+
+# A resumed run must have these flags as it was begun with
+FIXED = ("lr", "lr_schedule", "lr_end_factor", "warmup_steps", "weight_decay", "clip_grad")
+FIXED += ("class_dropout", "ema_decay")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -44,21 +49,28 @@ def main(args: argparse.Namespace) -> None:
     store = open_latents(args.data_path, num_classes=plan.num_classes)
     store.check_shape((4, plan.input_size, plan.input_size), f"{plan.model_name} of {plan.path}")
     folder = Path(args.results_dir) / f"{args.prefix}-{plan.model_name.replace('/', '-')}"
-    resumed = checkpoint.find(args.resume, folder / "checkpoints")
-    start_step = 0 if resumed is None else checkpoint.check(resumed, plan, len(store), args)
+    steps_per_epoch = len(store) // args.global_batch_size
+    total_steps = min(args.epochs * steps_per_epoch, args.max_steps or sys.maxsize)
+    order = {
+        "images": len(store),
+        "global_batch_size": args.global_batch_size,
+        "global_seed": args.global_seed,
+        "total_steps": total_steps,
+    }
+    resumed = checkpoint.find(world, args.resume, folder)
+    start_step = 0
+    if resumed is not None:
+        start_step = checkpoint.check(resumed, plan, args, order, FIXED)
     loader = LatentLoader(
         store, args.global_batch_size, world, args.global_seed, start_step, args.num_workers
     )
-    total_steps = args.epochs * loader.steps_per_epoch
-    if args.max_steps is not None:
-        total_steps = min(total_steps, args.max_steps)
 
     # Model: every tensor from a file, or from the checkpoint that is resumed
     model, report = build_grafted(plan, weights=resumed is None)
     model.to(world.device).train()
 
     # Run folder
-    log = RunLog(folder, world, vars(args))
+    log = RunLog(folder, world, vars(args), start_step=start_step)
     log.info(f"{plan.describe()}; {count(model.parameters()):,} parameters")
     for line in report.lines() if resumed is None else [f"resumed at step {start_step}"]:
         log.info(line)
@@ -84,21 +96,24 @@ def main(args: argparse.Namespace) -> None:
         world,
         plan,
         args,
-        steps_per_epoch=loader.steps_per_epoch,
-        images=len(store),
+        steps_per_epoch=steps_per_epoch,
+        order=order,
         model=model,
         ema=ema,
         opt=optimizer,
         sched=lr,
+        guard=guard,
     )
     if resumed is not None:
         run.restore(resumed)
+        del resumed
     latents, draws_of = compile_step(world, args.compile, model, store.latents, draw)
     net = distributed.wrap(world, model)
     diffusion = create_diffusion("")
 
     # Training
-    running = torch.zeros(3, device=world.device)  # sums of loss, mse, vb since the last line
+    names = ("loss", "mse", "vb")
+    running = torch.zeros(4, device=world.device)  # their sums since the last line, and how many
     logged_step, logged_at = start_step, time.perf_counter()
     bar = tqdm(total=total_steps, initial=start_step, disable=not watched(world), unit="step")
     for batch in loader:
@@ -124,13 +139,14 @@ def main(args: argparse.Namespace) -> None:
         ema.update()
 
         step = batch.step + 1
-        running += torch.stack([terms[k].detach().mean() for k in ("loss", "mse", "vb")])
+        now = torch.stack([*(terms[k].detach().mean() for k in names), torch.ones_like(loss)])
+        running += torch.where(loss.isfinite(), now.detach(), 0)
         bar.update()
         if step % args.log_every == 0 or step == total_steps:
             skipped = guard.check(step)
-            mean = distributed.sum_across(world, running) / (world.size * (step - logged_step))
+            sums = distributed.sum_across(world, running).tolist()
             rate = (step - logged_step) / (time.perf_counter() - logged_at)
-            values = dict(zip(("loss", "mse", "vb"), mean.tolist(), strict=True))
+            values = {k: v / max(1, sums[-1]) for k, v in zip(names, sums, strict=False)}
             values |= {
                 "grad_norm": norm.item(),
                 "lr": lr.get_last_lr()[0],
@@ -156,42 +172,27 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
+    parser = arguments.parser(__doc__)
+    add = parser.add_argument_group("model and data").add_argument
     add("--data-path", required=True, help="latent store, from extract_features.py")
-    add("--config-filepath", "--config", help="graft YAML; without it --model is trained plain")
+    add("--config-filepath", "--config", help="graft YAML; without one --model is trained plain")
     add("--model", help="preset, such as DiT-XL/2; must agree with the YAML when both are given")
-    add("--image-size", type=int, help="pixels; must agree with the YAML (256 without one)")
-    add("--num-classes", type=int, help="must agree with the YAML (1000 without one)")
-    add("--load-weight", help="base DiT checkpoint, instead of the YAML's base_ckpt_path; "
-        "'none' trains from scratch")  # fmt: skip
-    add("--results-dir", default="outputs", help="run folders are made here")
-    add("--prefix", default="finetune", help="the run folder is <prefix>-<model>")
-    add("--resume", help="checkpoint to continue, or 'auto' for the run's newest whole one")
-    add("--epochs", type=int, default=1400, help="passes over the data")
-    add("--max-steps", type=int, help="stop after this many steps if the epochs are longer")
-    add("--global-batch-size", type=int, default=256, help="images a step, over all processes")
-    add("--global-seed", type=int, default=0, help="0 to 2^32-1; all random numbers follow from it")
-    add("--lr", type=float, default=1e-4, help="peak learning rate")
-    add("--lr-schedule", default="cosine", help="constant, or cosine over all steps")
-    add("--lr-end-factor", type=float, default=0.5, help="cosine ends at this share of --lr")
-    add("--warmup-steps", type=int, default=0, help="linear warm-up")
-    add("--weight-decay", type=float, default=0.0, help="AdamW's")
-    add("--clip-grad", type=float, default=1.0, help="gradient-norm clip")
-    add("--class-dropout", type=float, default=0.1, help="share of labels made the null class")
-    add("--ema-decay", type=float, default=0.9999, help="of the averaged weights")
-    add("--precision", help="bf16 or fp32 (unset: bf16 on CUDA, fp32 on CPU)")
-    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="on CUDA")
-    add("--device", help="cuda or cpu (unset: CUDA where there is any)")
-    add("--num-workers", type=int, default=4, help="reader threads a process")
-    add("--log-every", type=int, default=100, help="steps between log lines")
-    add("--ckpt-every", type=int, default=10_000, help="steps between checkpoints")
-    add("--vae", default="ema", help="no effect here, kept for old commands: latents are encoded")
-    add("--strict", action="store_true", help="no effect, kept for old commands: always strict")
+    add("--image-size", type=arguments.positive, help="pixels; as the YAML (256 without one)")
+    add("--num-classes", type=arguments.positive, help="as the YAML (1000 without one)")
+    add(
+        "--load-weight",
+        help="base DiT checkpoint, instead of the YAML's base_ckpt_path; none: from scratch",
+    )
+    arguments.add_run(parser, prefix="finetune")
+    add = arguments.add_optimisation(parser, ema_decay=0.9999)
+    add("--lr-schedule", choices=SCHEDULES, default="cosine", help="after the warm-up")
+    add("--lr-end-factor", type=arguments.share, default=0.5, help="cosine ends at this x --lr")
+    add("--warmup-steps", type=arguments.nonnegative, default=0, help="linear from 0 to --lr")
+    add("--weight-decay", type=arguments.weight, default=0.0, help="of AdamW")
+    arguments.add_machine(parser)
+    add = parser.add_argument_group("accepted so that old commands run").add_argument
+    add("--vae", help="without effect: the images are encoded already")
+    add("--strict", action="store_true", help="without effect: loading is always strict")
     return parser.parse_args()
 
 

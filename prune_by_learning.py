@@ -17,6 +17,7 @@ Outputs: <results-dir>/<prefix>-<model>/ with selection.json (the decision and i
 
 import argparse
 import copy
+import sys
 import time
 from pathlib import Path
 
@@ -24,21 +25,29 @@ import torch
 from tqdm import tqdm
 
 from diffusion import create_diffusion, noise
-from evaluation.writers import environment
 from latents.loader import LatentLoader
 from latents.store import open_latents
-from models.files import file_sha256, write_json, write_whole
 from models.grafting import build_grafted, with_base
-from models.plan import load_plan, write_plan
-from models.selection import GatedDiT, LayerGates, settle
-from training import checkpoint, distributed, precision
+from models.plan import plan_from_flags
+from models.selection import GatedDiT, LayerGates
+from training import arguments, checkpoint, distributed, precision
 from training.compilation import compile_step
 from training.draws import draw
 from training.ema import Ema
-from training.lora import add_lora, merge_lora
+from training.lora import add_lora
 from training.optimizer import StepGuard, adamw, count, schedule
-from training.runlog import RunLog, watched
-from training.selection_report import decision, plot_trajectory, write_trajectory_line
+from training.runlog import RunLog, cut_records, watched
+from training.selection_report import (
+    TRAJECTORY,
+    decision,
+    save_merged,
+    write_answer,
+    write_trajectory_line,
+)
+
+# A resumed run must have these flags as it was begun with
+FIXED = ("groups", "pin", "delta_w", "lora", "lora_rank", "tau_range", "scaling_range", "lr")
+FIXED += ("gate_lr", "clip_grad", "class_dropout", "ema_decay")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -49,23 +58,32 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.global_seed)
     if args.lora and not args.delta_w:
         raise ValueError("--lora needs --delta-w: together they train low-rank updates")
-    plan = with_base(load_plan(args.config_filepath), args.load_weight)
-    slots = {g.slot for g in plan.grafts}
+    plan = plan_from_flags(args.config_filepath, None, args.image_size, args.num_classes)
+    plan = with_base(plan, args.load_weight)
+    slots = sorted({g.slot for g in plan.grafts})
     if len(slots) != 1:
-        raise ValueError(f"{plan.path}: needs grafts in one slot, has them in {len(slots)}")
-    pinned = [b for b in range(plan.depth) if b not in plan.grafted_blocks()]
-    gates = LayerGates(plan.depth, args.groups, sorted({*pinned, *args.pin}))
+        held = f"grafts in both slots ({', '.join(slots)})" if slots else "no grafts"
+        raise ValueError(f"{plan.path}: has {held}; selection needs grafts in one slot")
+    pinned = sorted({*args.pin, *(b for b in range(plan.depth) if b not in plan.grafted_blocks())})
+    gates = LayerGates(plan.depth, args.groups, pinned)
     store = open_latents(args.data_path, num_classes=plan.num_classes)
     store.check_shape((4, plan.input_size, plan.input_size), f"{plan.model_name} of {plan.path}")
     folder = Path(args.results_dir) / f"{args.prefix}-{plan.model_name.replace('/', '-')}"
-    resumed = checkpoint.find(args.resume, folder / "checkpoints")
-    start_step = 0 if resumed is None else checkpoint.check(resumed, plan, len(store), args)
+    steps_per_epoch = len(store) // args.global_batch_size
+    total_steps = min(args.epochs * steps_per_epoch, args.max_steps or sys.maxsize)
+    order = {
+        "images": len(store),
+        "global_batch_size": args.global_batch_size,
+        "global_seed": args.global_seed,
+        "total_steps": total_steps,
+    }
+    resumed = checkpoint.find(world, args.resume, folder)
+    start_step = 0
+    if resumed is not None:
+        start_step = checkpoint.check(resumed, plan, args, order, FIXED)
     loader = LatentLoader(
         store, args.global_batch_size, world, args.global_seed, start_step, args.num_workers
     )
-    total_steps = args.epochs * loader.steps_per_epoch
-    if args.max_steps is not None:
-        total_steps = min(total_steps, args.max_steps)
 
     # Model: pairs of original and graft in every grafted block; what is trained beside the gates
     model, report = build_grafted(plan, pairs=True)
@@ -81,8 +99,11 @@ def main(args: argparse.Namespace) -> None:
     gated.to(world.device).train()
 
     # Run folder
-    log = RunLog(folder, world, vars(args))
-    log.info(f"{plan.describe()}; groups {args.groups}, pinned {pinned + args.pin}")
+    log = RunLog(folder, world, vars(args), start_step=start_step)
+    trajectory = folder / TRAJECTORY
+    if world.main:
+        cut_records(trajectory, start_step)
+    log.info(f"{plan.describe()}; groups {args.groups}, pinned {pinned}")
     for line in report.lines() if resumed is None else [f"resumed at step {start_step}"]:
         log.info(line)
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -106,15 +127,17 @@ def main(args: argparse.Namespace) -> None:
         world,
         plan,
         args,
-        steps_per_epoch=loader.steps_per_epoch,
-        images=len(store),
+        steps_per_epoch=steps_per_epoch,
+        order=order,
         model=gated,
         ema=ema,
         opt=optimizer,
         sched=lr,
+        guard=guard,
     )
     if resumed is not None:
         run.restore(resumed)
+        del resumed
     latents, draws_of, uniform = compile_step(
         world, args.compile, model, store.latents, draw, noise.uniform
     )
@@ -129,7 +152,7 @@ def main(args: argparse.Namespace) -> None:
         return average
 
     # Training
-    running = torch.zeros((), device=world.device)
+    running = torch.zeros(2, device=world.device)  # sum of the loss since the last line, how many
     logged_step, logged_at = start_step, time.perf_counter()
     scaling = args.scaling_range[-1]
     bar = tqdm(total=total_steps, initial=start_step, disable=not watched(world), unit="step")
@@ -161,17 +184,19 @@ def main(args: argparse.Namespace) -> None:
         ema.update()
 
         step = batch.step + 1
-        running += loss.detach()
+        now = torch.stack([loss.detach(), torch.ones_like(loss)])
+        running += torch.where(loss.isfinite(), now, 0)
         bar.update()
         if step % args.log_every == 0 or step == total_steps:
             skipped = guard.check(step)
-            mean = distributed.sum_across(world, running) / (world.size * (step - logged_step))
+            total, number = distributed.sum_across(world, running).tolist()
+            mean = total / max(1, number)
             rate = (step - logged_step) / (time.perf_counter() - logged_at)
             average = averaged_gates()
             confidence = [p.max().item() for p in average.probabilities(scaling)]
             log.metrics(
                 step,
-                loss=mean.item(),
+                loss=mean,
                 tau=tau,
                 scaling=scaling,
                 confidence=sum(confidence) / len(confidence),
@@ -180,12 +205,12 @@ def main(args: argparse.Namespace) -> None:
                 skipped_steps=skipped,
             )
             log.info(
-                f"step {step:07d}  loss {mean.item():.4f}  tau {tau:.2f}  {rate:.2f} steps/s  "
+                f"step {step:07d}  loss {mean:.4f}  tau {tau:.2f}  {rate:.2f} steps/s  "
                 f"confidence {min(confidence):.2f} to {max(confidence):.2f}  "
                 f"keeps {average.decide()}"
             )
             if world.main:
-                write_trajectory_line(folder / "trajectory.jsonl", step, average, scaling)
+                write_trajectory_line(trajectory, step, average, scaling)
             running.zero_()
             logged_step, logged_at = step, time.perf_counter()
         if step % args.ckpt_every == 0 and step < total_steps:
@@ -198,40 +223,19 @@ def main(args: argparse.Namespace) -> None:
     if world.main:
         average = averaged_gates()
         answer = decision(average, plan, scaling)
-        slot = slots.pop()
-        header = (
-            f"Learned by prune_by_learning.py from {plan.path.name} in {total_steps} steps;\n"
-            f"selection.json beside this file holds the probabilities."
-        )
-        write_plan(plan, folder / "selected.yaml", {slot: answer["grafted"]}, header)
-        plot_trajectory(folder / "trajectory.jsonl", average, folder / "trajectory.png")
-        write_json(
-            folder / "selection.json",
-            {
-                **answer,
-                "slot": slot,
-                "groups_spec": args.groups,
-                "pinned": sorted({*pinned, *args.pin}),
-                "steps": total_steps,
-                "config": str(plan.path),
-                "config_sha256": file_sha256(plan.path),
-                "weights": report.files,
-                "settings": vars(args),
-                "trajectory": "trajectory.jsonl",
-                "plan": "selected.yaml",
-                **environment(),
-            },
-        )
+        provenance = {
+            "steps": total_steps,
+            "settings": vars(args),
+            "latents": store.manifest,
+            "world_size": world.size,
+            "device": world.device.type,
+            "precision": str(dtype).removeprefix("torch."),
+        }
+        write_answer(folder, answer, average, plan, report, provenance)
         if args.save_model is not None:
             gated.load_state_dict(ema.state_dict(), strict=True)
-            merge_lora(model)
-            settle(model, answer["kept"])
-            merged = {
-                "model": model.state_dict(),
-                "plan": load_plan(folder / "selected.yaml").architecture(),
-            }
-            write_whole(args.save_model, lambda partial: torch.save(merged, partial))
-            log.info(f"saved the merged model as {args.save_model}")
+            written = save_merged(Path(args.save_model), model, plan, answer)
+            log.info(f"saved the merged model as {args.save_model}, to finetune by {written}")
         log.info(f"keeps {answer['kept']}")
         log.info(f"grafts {answer['grafted']}; next: --config {folder}/selected.yaml")
     log.close()
@@ -240,45 +244,49 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
+    parser = arguments.parser(__doc__)
+    add = parser.add_argument_group("model and data").add_argument
     add("--data-path", required=True, help="latent store, from extract_features.py")
     add("--config-filepath", "--config", required=True, help="graft YAML to choose from")
     add("--load-weight", help="base DiT checkpoint, instead of the YAML's base_ckpt_path")
-    add("--results-dir", default="outputs", help="run folders are made here")
-    add("--prefix", default="learn_mask", help="the run folder is <prefix>-<model>")
-    add("--resume", help="checkpoint to continue, or 'auto' for the run's newest whole one")
+    add("--image-size", type=arguments.positive, help="pixels; must agree with the YAML")
+    add("--num-classes", type=arguments.positive, help="must agree with the YAML")
+    add = parser.add_argument_group("selection").add_argument
     add(
-        "--groups", default="2:4", help="N:M keeps N originals in each M blocks; or a,b,... of such"
+        "--groups",
+        default="2:4",
+        help="N:M keeps N originals in every M blocks; 2:4,1:8,... gives each group its own",
     )
     add("--pin", type=int, nargs="*", default=[], help="further blocks that keep their original")
-    add("--delta-w", action="store_true", help="train weights beside the gates")
+    add("--delta-w", action="store_true", help="train weights too, not the gates alone")
     add("--lora", action="store_true", help="with --delta-w: LoRA on all but the grafts")
-    add("--lora-rank", type=int, default=8, help="rank; alpha is twice the rank")
-    add("--tau-range", type=float, nargs=2, default=[4.0, 0.1], help="Gumbel temperature, linear")
-    add("--scaling-range", type=float, nargs=2, default=[100.0, 100.0], help="factor on the logits")
-    add("--save-model", help="also write the selected model with LoRA merged, as a starting point")
-    add("--epochs", type=int, default=1400, help="passes over the data; 6 in the recipe")
-    add("--max-steps", type=int, help="stop after this many steps if the epochs are longer")
-    add("--global-batch-size", type=int, default=256, help="images a step, over all processes")
-    add("--global-seed", type=int, default=0, help="0 to 2^32-1; all random numbers follow from it")
-    add("--lr", type=float, default=1e-4, help="of the weights")
-    add("--gate-lr", type=float, default=1e-3, help="of the gate logits")
-    add("--clip-grad", type=float, default=1.0, help="gradient-norm clip")
-    add("--class-dropout", type=float, default=0.1, help="share of labels made the null class")
-    add("--ema-decay", type=float, default=0.999, help="the averaged gates decide")
-    add("--precision", help="bf16 or fp32 (unset: bf16 on CUDA, fp32 on CPU)")
-    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="on CUDA")
-    add("--device", help="cuda or cpu (unset: CUDA where there is any)")
-    add("--num-workers", type=int, default=4, help="reader threads a process")
-    add("--log-every", type=int, default=100, help="steps between log lines")
-    add("--ckpt-every", type=int, default=10_000, help="steps between checkpoints")
-    for name in ("--image-size", "--num-classes", "--vae"):
-        add(name, help="no effect, kept for old commands: the YAML says it")
+    add("--lora-rank", type=arguments.positive, default=8, help="rank; alpha is twice the rank")
+    add(
+        "--tau-range",
+        type=arguments.rate,
+        nargs=2,
+        metavar=("START", "END"),
+        default=[4.0, 0.1],
+        help="temperature of the Gumbel softmax, linear over the run",
+    )
+    add(
+        "--scaling-range",
+        type=arguments.rate,
+        nargs=2,
+        metavar=("START", "END"),
+        default=[100.0, 100.0],
+        help="factor on the logits, linear over the run",
+    )
+    add(
+        "--save-model",
+        help="also write the selected model, LoRA merged, and beside it a YAML that starts from it",
+    )
+    arguments.add_run(parser, prefix="learn_mask")
+    add = arguments.add_optimisation(parser, ema_decay=0.999)
+    add("--gate-lr", type=arguments.rate, default=1e-3, help="learning rate of the gate logits")
+    arguments.add_machine(parser)
+    add = parser.add_argument_group("accepted so that old commands run").add_argument
+    add("--vae", help="without effect: the images are encoded already")
     return parser.parse_args()
 
 

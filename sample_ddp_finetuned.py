@@ -28,8 +28,8 @@ from evaluation.writers import describe_run, save_grid, save_npz, save_png
 from latents.codec import load_codec
 from models.files import file_sha256
 from models.grafting import build_grafted, load_trained, with_base
-from models.plan import find_file, plan_from_flags
-from training import distributed, precision
+from models.plan import find_file, flag_path, plan_from_flags
+from training import arguments, distributed, precision
 from training.compilation import compile_step
 from training.runlog import watched
 
@@ -41,23 +41,29 @@ def main(args: argparse.Namespace) -> None:
     dtype = precision.choose(args.precision, world.device)
     precision.allow_tf32(args.tf32)
     torch.manual_seed(args.global_seed)
-    if args.cfg_scale < 1.0:
-        raise ValueError(f"--cfg-scale {args.cfg_scale}: must be at least 1 (1 is unguided)")
-    if args.num_fid_samples < 1 or args.per_proc_batch_size < 1:
-        raise ValueError("--num-fid-samples and --per-proc-batch-size must be at least 1")
+    if not 2 <= args.num_sampling_steps <= 1000:
+        raise ValueError(f"--num-sampling-steps {args.num_sampling_steps}: use 2 to 1000")
     plan = plan_from_flags(args.config_filepath, args.model, args.image_size, args.num_classes)
     plan = with_base(plan, args.load_weight)
     vae = args.vae or plan.vae
+    vae_path = vae
     if vae not in ("ema", "mse"):
-        vae = str(find_file(vae, plan.path, "vae"))
+        vae_path = flag_path("--vae", vae) if args.vae else find_file(vae, plan.path, "vae")
 
     # Model
     checkpoint = args.graft_fusion_ckpt_path
     model, report = build_grafted(plan, weights=checkpoint is None)
     if checkpoint is not None:
         load_trained(model, plan, checkpoint)
+    files = report.resolved if checkpoint is None else {"trained": Path(checkpoint)}
+    untrained = report.counts().get("fresh", 0) if checkpoint is None else 0
+    if untrained and not args.allow_untrained:
+        raise ValueError(
+            f"{plan.path}: {untrained} tensors have no weights, the images would be noise; give "
+            "--graft-fusion-ckpt-path, weight files in the YAML, or --allow-untrained"
+        )
     model.to(world.device).eval()
-    codec = load_codec(vae, world.device, dtype)
+    codec = load_codec(str(vae_path), world.device, dtype, name=vae)
     if codec.downsample * plan.input_size != plan.image_size or codec.channels != model.in_channels:
         raise ValueError(
             f"--vae {vae}: makes latents of {codec.channels} channels, 1/{codec.downsample} of the "
@@ -71,8 +77,9 @@ def main(args: argparse.Namespace) -> None:
     folder = Path(args.sample_dir) / name
     settings = {
         "plan": plan.architecture(),
+        "config": args.config_filepath,
         "checkpoint": checkpoint or report.files,
-        "checkpoint_sha256": file_sha256(checkpoint) if checkpoint and world.main else None,
+        "checkpoint_sha256": {n: file_sha256(f) for n, f in files.items() if world.main},
         "sampler": args.sampler,
         "steps": args.num_sampling_steps,
         "cfg_scale": args.cfg_scale,
@@ -84,14 +91,13 @@ def main(args: argparse.Namespace) -> None:
         "precision": str(dtype).removeprefix("torch."),
         "num_samples": args.num_fid_samples,
     }
-    if world.main:
-        describe_run(folder, settings, complete=False)
-    distributed.barrier(world)
+    distributed.decide(world, lambda: describe_run(folder, settings, complete=False))
 
     # This process's images that are not there yet
     everything = torch.arange(world.rank, args.num_fid_samples, world.size)
     missing = [i for i in everything.tolist() if not (folder / f"{i:06d}.png").is_file()]
     batches = torch.tensor(missing, dtype=torch.int64).split(args.per_proc_batch_size)
+    batches = batches if missing else ()
     if world.main:
         print(f"{plan.describe()}: {args.num_fid_samples} images to {folder}")
 
@@ -170,42 +176,48 @@ def cfg_channels(text: str) -> int | str:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--config-filepath", "--config", help="graft YAML; without it --model is sampled plain")
+    parser = arguments.parser(__doc__)
+    add = parser.add_argument_group("model").add_argument
+    add("--config-filepath", "--config", help="graft YAML; without one --model is sampled plain")
     add("--graft-fusion-ckpt-path", help="trained checkpoint; unset: the YAML's weight files")
     add("--load-weight", help="base DiT checkpoint, instead of the YAML's base_ckpt_path")
     add("--model", help="preset, such as DiT-XL/2; must agree with the YAML when both are given")
-    add("--image-size", type=int, help="pixels; must agree with the YAML (256 without one)")
-    add("--num-classes", type=int, help="must agree with the YAML (1000 without one)")
-    add("--vae", help="ema, mse or a folder (unset: the YAML's, which defaults to ema)")
+    add("--image-size", type=arguments.positive, help="pixels; as the YAML (256 without one)")
+    add("--num-classes", type=arguments.positive, help="as the YAML (1000 without one)")
+    add("--vae", help="ema, mse or a folder (unset: the YAML's, and ema without one)")
+    add(
+        "--allow-untrained",
+        action="store_true",
+        help="sample although some weights are fresh, to see what training adds",
+    )
+    add = parser.add_argument_group("images").add_argument
     add("--sample-dir", default="samples", help="folders of images are made here")
     add("--folder-name", help="name of this run's folder (unset: made from the settings)")
-    add("--num-fid-samples", type=int, default=5000, help="images in all; papers use 50 000")
-    add("--per-proc-batch-size", type=int, default=32, help="images at a time on a process")
-    add("--sampler", choices=["ddpm", "ddim", "dpm++"], default="ddpm", help="ddpm is the papers'")
-    add("--num-sampling-steps", type=int, default=250, help="model evaluations an image")
-    add("--cfg-scale", type=float, default=1.5, help="guidance; 1 is none")
+    add("--num-fid-samples", type=arguments.positive, default=5000, help="images; papers: 50000")
     add(
-        "--cfg-channels",
-        type=cfg_channels,
-        default=3,
-        help="3 (the papers) or all: guided channels",
+        "--labels",
+        choices=("random", "balanced"),
+        default="random",
+        help="classes drawn, or i mod n",
     )
-    add("--labels", choices=["random", "balanced"], default="random", help="classes of the images")
-    add("--global-seed", type=int, default=0, help="0 to 2^32-1")
-    add("--grid", type=int, default=64, help="images in the grid picture")
-    add("--precision", help="bf16 or fp32 (unset: bf16 on CUDA, fp32 on CPU)")
-    add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 matrix products")
-    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="on CUDA")
-    add("--device", help="cuda or cpu (unset: CUDA where there is any)")
-    add("--num-workers", type=int, default=4, help="threads that write PNGs, a process")
-    add("--lora", action="store_true", help="no effect, kept for old commands: updates are merged")
-    add("--lora-rank", type=int, default=8, help="no effect, kept for old commands")
+    add("--global-seed", type=arguments.seed, default=0, help="labels and noise follow from it")
+    add("--grid", type=arguments.positive, default=64, help="images in the grid picture")
+    add = parser.add_argument_group("sampler").add_argument
+    add("--sampler", choices=("ddpm", "ddim", "dpm++"), default="ddpm", help="the papers': ddpm")
+    add("--num-sampling-steps", type=arguments.positive, default=250, help="2 to 1000")
+    add("--cfg-scale", type=arguments.guidance, default=1.5, help="guidance; 1 is none")
+    add("--cfg-channels", type=cfg_channels, default=3, help="guided latent channels: 3 or all")
+    add = arguments.add_machine(parser)
+    add("--per-proc-batch-size", type=arguments.positive, default=32, help="images at a time")
+    add(
+        "--tf32",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="TF32 in what fp32 products remain; CUDA only",
+    )
+    add = parser.add_argument_group("accepted so that old commands run").add_argument
+    add("--lora", action="store_true", help="without effect: updates are merged")
+    add("--lora-rank", type=int, help="without effect")
     return parser.parse_args()
 
 

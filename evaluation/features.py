@@ -38,11 +38,15 @@ class FeatureNet(Protocol):
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean [D] and covariance [D, D] in float64; `count` is None where the file does not say."""
+    """Mean [D] and covariance [D, D] in float64; `count` is None where the file does not say.
+
+    `known_space`: whether the file says which feature space it is of, as only ours do.
+    """
 
     mu: np.ndarray
     sigma: np.ndarray
     count: int | None
+    known_space: bool = True
 
 
 def gather_stats(net: FeatureNet, batches: Iterable[torch.Tensor], device) -> GaussianStats:
@@ -105,4 +109,4 @@ def load_stats(path: str | Path, net: FeatureNet) -> Statistics:
             f"{path} was made with {key} {theirs.get(key)}, this run has {ours[key]}: "
             "use the same feature network, protocol and weights, or make the file anew"
         )
-    return Statistics(mu, sigma, count if count >= 0 else None)
+    return Statistics(mu, sigma, count if count >= 0 else None, known_space=made_by is not None)

@@ -7,7 +7,9 @@ the evaluator of "Diffusion Models Beat GANs" (Dhariwal and Nichol 2021) does, a
 and later papers report. The two differ in the second decimal of an FID.
 """
 
+import pickle
 import urllib.error
+import zipfile
 from pathlib import Path
 from unittest import mock
 
@@ -16,9 +18,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from models.files import file_sha256
+from models.weights import read_state
 
 FILE_NAME = "pt_inception-2015-12-05-6726825d.pth"
 HASH_PREFIX = "6726825d"
+# How torch.save began a file before PyTorch 1.6: a pickled number. The published file is one.
+OLD_FORMAT = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")
 SIDE = 299
 PROTOCOLS = ("pytorch-fid", "adm")
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -30,6 +35,10 @@ class InceptionFeatures:
     Args:
         protocol: "pytorch-fid" or "adm".
         weights: a weight file; None looks where `find_weights` says.
+
+    Raises:
+        FileNotFoundError: as `find_weights`.
+        ValueError: an unknown protocol, or a file that is torn or holds another network.
     """
 
     name = "inception"
@@ -53,7 +62,15 @@ class InceptionFeatures:
                 f"{path} is damaged: its sha256 starts with {self.sha256[:8]}, "
                 f"not {HASH_PREFIX}; delete it and fetch it again"
             )
-        self.net = build_network(torch.load(path, map_location="cpu", weights_only=True))
+        state = read_weights(path)
+        try:
+            self.net = build_network(state)
+        except RuntimeError as error:  # load_state_dict lists hundreds of tensors
+            first = str(error).splitlines()[1].strip()[:100]
+            raise ValueError(
+                f"--inception-weights {path} is not the Inception of pytorch-fid ({first} ...): "
+                f"give {FILE_NAME}"
+            ) from error
         self.net.fc = nn.Identity()
         self.net.to(device, memory_format=torch.channels_last)
 
@@ -88,6 +105,21 @@ def legacy_resize(x: torch.Tensor, side: int) -> torch.Tensor:
         x_low, x_high = x.index_select(axis, low), x.index_select(axis, high)
         x = x_low + (x_high - x_low) * weight
     return x
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict of a weight file. ValueError when it is torn or no weight file."""
+    if path.suffix == ".safetensors" or zipfile.is_zipfile(path):
+        return read_state(path)
+    with open(path, "rb") as file:
+        known = file.read(len(OLD_FORMAT)) == OLD_FORMAT
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True) if known else None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError):
+        state = None
+    if not isinstance(state, dict):
+        raise ValueError(f"--inception-weights {path} is torn or no weight file: give {FILE_NAME}")
+    return state
 
 
 def build_network(state: dict[str, torch.Tensor]) -> nn.Module:

@@ -30,14 +30,13 @@ class GaussianStats:
                 f"features of images {self.count} to {self.count + len(features) - 1} "
                 "hold NaN or infinity; check the feature network's weights"
             )
+        count, total = len(features), self.count + len(features)
         mean = features.mean(0)
-        centred = features - mean
-        self._join(len(features), mean, centred.T @ centred)
-
-    def merge(self, other: "GaussianStats") -> None:
-        """Adds everything another GaussianStats has seen."""
-        if other.count:
-            self._join(other.count, other.mean.to(self.mean), other.scatter.to(self.scatter))
+        centred, delta = features - mean, mean - self.mean
+        self.scatter += centred.T @ centred
+        self.scatter += torch.outer(delta, delta) * (self.count * count / total)
+        self.mean += delta * (count / total)
+        self.count = total
 
     def sum_over(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Joins the statistics of several processes, on each of them.
@@ -51,13 +50,6 @@ class GaussianStats:
         self.scatter = total(self.scatter + torch.outer(delta, delta) * count)
         self.mean = mean
         self.count = round(everyone.item())
-
-    def _join(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
-        total = self.count + count
-        delta = mean - self.mean
-        self.scatter += scatter + torch.outer(delta, delta) * (self.count * count / total)
-        self.mean += delta * (count / total)
-        self.count = total
 
     @property
     def sigma(self) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from models.files import file_sha256, write_whole
+from models.weights import read_state
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "assets" / "mini" / "feature_net.safetensors"
 SIZE = 64
@@ -59,8 +60,6 @@ class MiniFeatures:
     minimum = 4 * DIM  # fewer leave the covariance of 64 features badly determined
 
     def __init__(self, weights: str | Path | None = None, device: torch.device | str = "cpu"):
-        from safetensors.torch import load_file
-
         weights = Path(weights or WEIGHTS)
         if not weights.is_file():
             raise FileNotFoundError(
@@ -68,7 +67,7 @@ class MiniFeatures:
             )
         self.sha256 = file_sha256(weights)
         self.net = MiniNet().eval().requires_grad_(False)
-        state = {name: tensor.float() for name, tensor in load_file(weights).items()}
+        state = {name: tensor.float() for name, tensor in read_state(weights).items()}
         for name, buffer in self.net.named_buffers():
             if name.endswith("num_batches_tracked"):  # the file leaves these counters out
                 state[name] = buffer

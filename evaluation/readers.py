@@ -17,7 +17,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 CHANGED = ("L", "LA", "La", "P", "PA", "RGBA", "RGBa", "RGBX", "1", "CMYK", "YCbCr")
 
 
-class ImageFolder:
+class ImageFiles:
     """The pictures in a folder and below it, sorted by path; hidden files are left out.
 
     path, kind   where they are; "folder"
@@ -58,7 +58,7 @@ class ImageFolder:
 class ImageArray:
     """The images `arr_0` [N, H, W, 3] of an .npz, mapped from the disk when not compressed.
 
-    path, kind, size as in ImageFolder; kind is "npz".
+    path, kind, size as in ImageFiles; kind is "npz".
     """
 
     kind = "npz"
@@ -81,7 +81,7 @@ class ImageArray:
         return np.array(self.array[index]), "RGB"
 
 
-def open_images(path: str | Path) -> ImageFolder | ImageArray:
+def open_images(path: str | Path) -> ImageFiles | ImageArray:
     """A folder or an .npz with arr_0; see the two classes.
 
     Raises: FileNotFoundError when `path` does not exist or is an empty folder, ValueError when it
@@ -89,7 +89,7 @@ def open_images(path: str | Path) -> ImageFolder | ImageArray:
     """
     path = Path(path)
     if path.is_dir():
-        return ImageFolder(path)
+        return ImageFiles(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give an image folder or an .npz")
     return ImageArray(path)
@@ -105,7 +105,7 @@ def npz_keys(path: str | Path) -> set[str]:
 
 
 def batches(
-    images: ImageFolder | ImageArray,
+    images: ImageFiles | ImageArray,
     batch_size: int,
     *,
     share: tuple[int, int] = (0, 1),

@@ -1,13 +1,12 @@
 """metrics.json: the scores of one set of images and all that they depend on."""
 
-import json
 from pathlib import Path
 
 import torch
 
-from evaluation.features import FeatureNet, describe_net
+from evaluation.features import FeatureNet, describe_net, is_stats
 from evaluation.writers import environment
-from models.files import file_sha256
+from models.files import file_sha256, read_json
 
 
 def describe_input(path: str | Path, files: int | None = None) -> dict:
@@ -20,28 +19,53 @@ def describe_input(path: str | Path, files: int | None = None) -> dict:
 
 def samples_record(samples: str | Path) -> dict | None:
     """The samples.json of a sample folder, or of the folder that an .npz was packed from (same
-    name without the suffix); None when there is none."""
+    name without the suffix); None when there is none. ValueError when it is torn."""
     samples = Path(samples)
     folder = samples if samples.is_dir() else samples.with_suffix("")
     path = folder / "samples.json"
     if not path.is_file():
         return None
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path, "repeat the sampling command, or delete it")
 
 
 def default_output(samples: str | Path) -> Path:
-    """<folder>/metrics.json, or <name>.metrics.json beside <name>.npz."""
+    """Where the report goes: into a sample folder, else beside what was scored.
+
+    <folder>/metrics.json where that holds samples.json; <folder>.metrics.json where it does not,
+    since it is someone else's; <name>.metrics.json for <name>.npz.
+    """
     samples = Path(samples)
-    return samples / "metrics.json" if samples.is_dir() else samples.with_suffix(".metrics.json")
+    if not samples.is_dir():
+        return samples.with_suffix(".metrics.json")
+    if (samples / "samples.json").is_file():
+        return samples / "metrics.json"
+    folder = samples if samples.name not in ("", "..") else samples.resolve()
+    return folder.with_name(f"{folder.name}.metrics.json")
+
+
+def check_roles(reference: str | Path, samples: str | Path) -> None:
+    """ValueError when REFERENCE and SAMPLES are the same, or look swapped."""
+    if Path(reference).resolve() == Path(samples).resolve():
+        raise ValueError(
+            f"REFERENCE and SAMPLES are both {samples}: the distance would say nothing"
+        )
+    if is_stats(samples):
+        why = f"{samples} holds the statistics of a reference"
+    elif samples_record(reference) is not None and samples_record(samples) is None:
+        why = f"{reference} has a samples.json"
+    else:
+        return
+    raise ValueError(
+        f"REFERENCE and SAMPLES look swapped ({why}): the order is evaluate_fid.py REFERENCE "
+        "SAMPLES"
+    )
 
 
 def find_doubts(
     net: FeatureNet,
-    reference: str | Path,
     num_reference: int | None,
     num_samples: int,
     record: dict | None,
-    samples_hold_stats: bool,
 ) -> list[str]:
     """Reasons to distrust the numbers, one sentence each."""
     doubts = []
@@ -51,10 +75,6 @@ def find_doubts(
                 f"{count} {role} for {net.dim} features: below {net.minimum} the covariance is "
                 f"singular or badly determined and {net.metric} reads too high"
             )
-    if samples_hold_stats or (Path(reference) / "samples.json").is_file():
-        doubts.append(
-            "REFERENCE and SAMPLES look swapped: the order is evaluate_fid.py REFERENCE SAMPLES"
-        )
     if record is not None and not record.get("complete", True):
         doubts.append("samples.json says that sampling was not finished")
     wanted = (record or {}).get("settings", {}).get("num_samples")

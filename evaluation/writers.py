@@ -12,13 +12,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from models.files import write_json, write_whole
+from models.files import read_json, remove_stale, write_json, write_whole
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# Settings that are paths -> the setting that tells what lies there. A file may move.
+IDENTIFIED_BY = {"config": "plan", "checkpoint": "checkpoint_sha256", "vae": "vae_sha256"}
 
 
 def git_revision() -> str | None:
-    """The checkout's commit, with "-dirty" when files differ from it; None outside a checkout."""
+    """The checkout's commit, with "-dirty" when tracked files differ from it.
+
+    None outside a checkout and where git is not installed.
+    """
     if not (REPOSITORY / ".git").exists():
         return None
 
@@ -26,8 +31,12 @@ def git_revision() -> str | None:
         command = ["git", "-C", str(REPOSITORY), *words]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
-    revision = git("rev-parse", "HEAD")
-    return (revision + ("-dirty" if git("status", "--porcelain") else "")) or None
+    try:
+        revision = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no")
+    except OSError:
+        return None
+    return (revision + ("-dirty" if changed else "")) if revision else None
 
 
 def environment() -> dict:
@@ -43,23 +52,42 @@ def environment() -> dict:
 def describe_run(folder: Path, settings: dict, complete: bool) -> None:
     """Writes `folder`/samples.json; refuses a folder whose images were made with other settings.
 
-    Only the number of samples may differ: more images of the same run may be added.
+    More images of the same run may be added, and files may have moved where their hash is the
+    same. A folder that was complete and lacks none of these samples stays as it is.
+
+    Args:
+        settings: all that the images depend on; `num_samples`: images 000000.png and on.
+        complete: False before the first image is drawn, True when all are there.
 
     Raises:
-        ValueError: naming the setting and both values.
+        ValueError: naming the setting and both values; or samples.json is torn, or the folder
+            holds images beyond `num_samples`.
     """
     path = folder / "samples.json"
     settings = json.loads(json.dumps(settings))
     if path.is_file():
-        old = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        before = read_json(path, "choose another --folder-name, or delete the folder")
+        old = before.get("settings", {})
         for key, value in settings.items():
-            if key != "num_samples" and old.get(key) != value:
+            proof = IDENTIFIED_BY.get(key)
+            moved = bool(proof and settings.get(proof)) and old.get(proof) == settings[proof]
+            if key != "num_samples" and old.get(key) != value and not moved:
                 raise ValueError(
                     f"{path}: the images there were made with {key} = {old.get(key)!r}, this run "
                     f"has {value!r}; choose another --folder-name or --sample-dir"
                 )
+        count = settings["num_samples"]
+        there = {int(file.stem) for file in folder.glob("*.png") if file.stem.isdecimal()}
+        if there and max(there) >= count:
+            raise ValueError(
+                f"{folder} holds images up to {max(there):06d}.png, this run makes {count}: ask "
+                f"for at least {max(there) + 1} or choose another --folder-name or --sample-dir"
+            )
+        if before.get("complete") and old.get("num_samples") == count == len(there):
+            return
     elif folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder}: holds files but no samples.json; choose another folder")
+    remove_stale(folder)
     write_json(path, {"complete": complete, "settings": settings, **environment()})
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from models.files import file_sha256
+from models.files import file_sha256, read_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HUB_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
@@ -24,7 +24,7 @@ class Codec:
         scale: latents are multiplied by it for the diffusion model (0.18215 for sd-vae-ft-*).
         downsample: pixels of a latent's side (8 for sd-vae-ft-*, 4 for the miniature VAE).
         channels: C of the latents.
-        id: the VAE as it was asked for: "ema", "mse" or a folder.
+        id: the VAE as it was asked for: "ema", "mse" or a folder, as the user wrote it.
         sha256: of the weight file.
     """
 
@@ -81,6 +81,7 @@ def load_codec(
     vae: str | Path,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    name: str | None = None,
 ) -> Codec:
     """Opens a VAE for inference.
 
@@ -88,24 +89,22 @@ def load_codec(
         vae: "ema" or "mse" (stabilityai/sd-vae-ft-*: the folder pretrained/sd-vae-ft-<vae> where it
             exists, else the hub), or a folder that diffusers' AutoencoderKL.save_pretrained wrote.
         dtype: what the convolutions compute in (autocast); the weights stay float32.
+        name: recorded as `Codec.id` where `vae` is a path that was resolved; None records `vae`.
 
     Raises:
         FileNotFoundError: no such folder or files, or the hub cannot be reached.
-        ValueError: the VAE's latents need more than one factor to be scaled.
+        ValueError: a file is torn, the weights do not fit config.json, or the VAE's latents need
+            more than one factor to be scaled.
     """
-    from diffusers import AutoencoderKL
-
     folder = _find_folder(str(vae))
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
             raise FileNotFoundError(
-                f"VAE {vae}: {folder / name} is missing; put a diffusers AutoencoderKL folder "
+                f"VAE {vae}: {folder / file} is missing; put a diffusers AutoencoderKL folder "
                 f"({CONFIG} and {WEIGHTS}) there"
             )
     device = torch.device(device)
-    model = AutoencoderKL.from_pretrained(
-        folder, torch_dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False
-    )
+    model = _read_model(folder, str(vae))
     if getattr(model.config, "shift_factor", None):
         raise ValueError(
             f"VAE {vae}: {folder / CONFIG} has shift_factor {model.config.shift_factor}; only VAEs "
@@ -117,11 +116,42 @@ def load_codec(
         scale=float(model.config.scaling_factor),
         downsample=2 ** (len(model.config.block_out_channels) - 1),
         channels=model.config.latent_channels,
-        id=str(vae),
+        id=name or str(vae),
         sha256=file_sha256(folder / WEIGHTS),
         device=device,
         dtype=dtype,
     )
+
+
+def _read_model(folder: Path, vae: str) -> torch.nn.Module:
+    from diffusers import AutoencoderKL
+    from diffusers.utils import logging
+    from safetensors import SafetensorError
+
+    read_json(folder / CONFIG, f"VAE {vae} needs its {CONFIG} anew")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would list all tensors that do not fit
+    try:
+        model, info = AutoencoderKL.from_pretrained(
+            folder,
+            torch_dtype=torch.float32,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+        odd = [*info["missing_keys"], *info["unexpected_keys"]]
+        cause = f"tensor {min(odd)} is in one of the two only" if odd else None
+    except (OSError, RuntimeError, TypeError, LookupError, ValueError, SafetensorError) as error:
+        lines = str(error).splitlines() or [repr(error)]
+        # the first line of a mismatch only announces a list
+        cause = (lines[1] if lines[0].endswith(":") and lines[1:] else lines[0]).strip(" \t.")
+    finally:
+        logging.set_verbosity(verbosity)
+    if cause is not None:
+        raise ValueError(
+            f"VAE {vae}: {folder / WEIGHTS} cannot be read or does not fit {CONFIG} ({cause})"
+        )
+    return model
 
 
 def _find_folder(vae: str) -> Path:

@@ -40,7 +40,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 Item = tuple[torch.Tensor | None, int, int, str | None]
 
 
-class ImageFolder(torch.utils.data.Dataset):
+class LabelledImages(torch.utils.data.Dataset):
     """Pictures of <root>/<class>/**; class ids are the places of the sorted folder names.
 
     Ids and order equal torchvision's ImageFolder. Item i is `(image, label, i, error)`: a uint8
@@ -76,8 +76,8 @@ class ImageFolder(torch.utils.data.Dataset):
             labels.extend([class_id] * (len(self.paths) - found))
         if not self.paths:
             raise FileNotFoundError(
-                f"image folder {root} has {len(self.class_names)} class folders but no picture in "
-                f"them; it needs files that end in {', '.join(SUFFIXES)}"
+                f"image folder {root} has class folders but no picture in them; it needs files "
+                f"that end in {', '.join(SUFFIXES)}"
             )
         self.labels = np.array(labels, dtype=np.int64)
 

@@ -8,11 +8,14 @@
 
 A store of kind "sample" holds <number>-latents.npy [n, mirrors, C, h, w] instead: latents already
 drawn and scaled. So does the old layout of one file an image, imagenet<size>_features/<i>.npy
-[mirrors, C, h, w] with imagenet<size>_labels/<i>.npy, which opens through the same class.
+[mirrors, C, h, w] with imagenet<size>_labels/<i>.npy, which opens through the same class. Its
+labels are read once and kept in imagenet<size>_labels.cache.npy, which may be deleted.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable
@@ -23,7 +26,7 @@ import numpy as np
 import torch
 
 from diffusion import noise
-from models.files import file_sha256, write_json, write_whole
+from models.files import file_sha256, read_json, write_json, write_whole
 
 FORMAT, VERSION = "latent-store", 1
 ARRAY_NAMES = {"moments": "moments", "sample": "latents"}  # kind -> what its arrays are called
@@ -67,7 +70,7 @@ class StoreWriter:
         path = self.folder / "settings.json"
         if not path.is_file():
             return
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path, "delete it; shards that fit the new settings are kept")
         for key, value in same.items():
             if before.get(key) != value:
                 raise ValueError(
@@ -101,8 +104,11 @@ class StoreWriter:
         path = self._record_path(shard)
         if not path.is_file():
             return False
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record.pop("settings_sha256") != self._fingerprint:
+        try:
+            record = read_json(path, "its shard is encoded again")
+        except ValueError:
+            return False
+        if record.pop("settings_sha256", None) != self._fingerprint:
             return False
         return _fault(self.folder, record, contents=True) is None
 
@@ -154,7 +160,7 @@ class StoreWriter:
             path = self._record_path(shard)
             if not path.is_file():
                 raise ValueError(f"{path} is missing: unfinished extraction, rerun it")
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = read_json(path, "rerun extract_features.py")
             record.pop("settings_sha256")
             skipped += record.pop("skipped")
             records.append(record)
@@ -276,8 +282,7 @@ class _OldFiles:
                 "[mirrors 1 or 2, C, h, w]"
             )
         self.row, self.dtype = first.shape, first.dtype
-        with ThreadPoolExecutor(8) as pool:
-            self.labels = np.fromiter(pool.map(self._label, self._numbers), dtype=np.int64)
+        self.labels = self._read_labels()
 
     @staticmethod
     def _load(path: Path) -> np.ndarray:
@@ -288,8 +293,34 @@ class _OldFiles:
                 f"{path} cannot be read as a .npy array ({error}): extract the features again"
             ) from error
 
-    def _label(self, number: int) -> int:
-        return int(self._load(self._label_folder / f"{number}.npy").reshape(-1)[0])
+    def _read_labels(self) -> np.ndarray:
+        """int64 [N] from the cache file where that is of today's files, else from every file."""
+        folder, numbers = self._label_folder, self._numbers
+        cache = folder.with_name(f"{folder.name}.cache.npy")
+        # What it holds: the label files' count and newest change, the features' numbers, the labels
+        changes = [entry.stat().st_mtime_ns for entry in os.scandir(folder)]
+        head = np.array([len(changes), max(changes, default=0), *numbers], dtype=np.int64)
+        with contextlib.suppress(ValueError):  # no cache, or a damaged one: it is made (again)
+            kept = self._load(cache)
+            if kept.shape == (len(head) + len(numbers),) and (kept[: len(head)] == head).all():
+                return kept[len(head) :]
+        chunks = np.array_split(numbers, -(-len(numbers) // 1000))
+        with ThreadPoolExecutor(8) as pool:
+            labels = np.concatenate(list(pool.map(self._labels_of, chunks)))
+        try:
+            whole = np.concatenate([head, labels])
+            write_whole(cache, lambda partial: _save_array(partial, whole), durable=False)
+        except OSError as error:
+            logging.getLogger(__name__).warning(
+                "%s cannot be written (%s): the labels are read file by file at every start",
+                cache,
+                error,
+            )
+        return labels
+
+    def _labels_of(self, numbers: np.ndarray) -> np.ndarray:
+        files = (self._label_folder / f"{number}.npy" for number in numbers)
+        return np.array([int(self._load(file).reshape(-1)[0]) for file in files], dtype=np.int64)
 
     def gather(self, indices: np.ndarray) -> np.ndarray:
         out = np.empty((len(indices), *self.row), self.dtype)
@@ -336,7 +367,8 @@ class LatentStore:
         if low < 0 or high >= num_classes:
             raise ValueError(
                 f"{path}: label {high if high >= num_classes else low} is outside the "
-                f"{num_classes} classes of the model; set --num-classes to at least {high + 1}"
+                f"{num_classes} classes of the model; set num_classes to at least {high + 1} in "
+                "the YAML (or --num-classes when there is none)"
             )
 
     def __len__(self) -> int:
@@ -349,14 +381,6 @@ class LatentStore:
                 f"{self.path} holds latents {list(self.shape)} (image size "
                 f"{self.manifest['image_size']}, VAE {self.manifest['vae']}), {wanted_by} needs "
                 f"{list(shape)}: extract again with its --image-size and --vae, or change the model"
-            )
-
-    def check_scale(self, scale: float, wanted_by: str) -> None:
-        """ValueError unless the store was made with a VAE of this scale (relative error 1e-4)."""
-        if abs(self.scale - scale) > 1e-4 * scale:
-            raise ValueError(
-                f"{self.path} was made with VAE {self.manifest['vae']} of scale {self.scale}, "
-                f"{wanted_by} has scale {scale}: use the store's VAE or extract again"
             )
 
     def verify(self) -> None:
@@ -451,13 +475,8 @@ def open_latents(path: str | Path, *, num_classes: int | None = None) -> LatentS
 
 def _read_manifest(folder: Path) -> dict:
     path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not whole JSON ({error}): unfinished extraction, rerun extract_features.py"
-        ) from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    manifest = read_json(path, "unfinished extraction, rerun extract_features.py")
+    if manifest.get("format") != FORMAT:
         raise ValueError(f"{path} is not the manifest of a latent store: format must be {FORMAT!r}")
     missing = [key for key in REQUIRED if key not in manifest]
     if missing:

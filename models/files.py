@@ -1,20 +1,27 @@
 """Files that are there in full or not at all, and their hashes."""
 
+import contextlib
+import glob
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
+
+STALE_SECONDS = 3600.0  # nothing is written for so long without a change to its partial file
 
 
 def write_whole(path: str | Path, write: Callable[[Path], object], durable: bool = True) -> None:
     """Calls `write(temporary path)` beside `path`, syncs what it wrote and renames it to `path`.
 
-    A crash or an error leaves what was there before. Without `durable` nothing is synced: for
-    many small files that can be made again.
+    A crash or an error leaves what was there before. Without `durable` nothing is synced or tidied:
+    for many small files that can be made again.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if durable:
+        remove_stale(path.parent, glob.escape(path.name))
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(partial)
@@ -31,6 +38,30 @@ def write_whole(path: str | Path, write: Callable[[Path], object], durable: bool
         os.fsync(folder)  # the rename itself
     finally:
         os.close(folder)
+
+
+def remove_stale(folder: Path, pattern: str = "*") -> None:
+    """Deletes the partial files that killed processes left of files named like `pattern`.
+
+    Only such as have not changed for an hour: a younger one may be in the making, on another
+    machine too.
+    """
+    for partial in folder.glob(f".{pattern}.*.partial"):
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            if time.time() - partial.stat().st_mtime > STALE_SECONDS:
+                partial.unlink()
+
+
+def read_json(path: str | Path, fix: str) -> dict:
+    """The object that a JSON file holds. ValueError, which ends in `fix`, when it is torn."""
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not whole JSON ({error}): {fix}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object: {fix}")
+    return content
 
 
 def write_json(path: str | Path, content: dict) -> None:

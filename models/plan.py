@@ -3,21 +3,38 @@
 The YAML names the pretrained DiT, which of its blocks take another operator in which slot, and
 where the weights lie. The schema is the predecessor's and the grafting paper's
 (arXiv 2506.05340), whose files load unchanged; README "Graft YAML" describes the keys.
+`graft_weights` maps a block to the file of its distilled operator, or to {mha: file, mlp: file}
+where both slots of the block are grafted.
 """
 
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
+from models.config_files import check_keys, find_file, flag_path, places, read_yaml
 from models.dit import PRESETS, latent_size
+from models.files import write_whole
+from models.graft_plan import Graft, GraftPlan, differences
 from models.operators import OPERATORS, complete_config
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-ORIGINAL = {"mha": "mha", "mlp": "mlp"}  # what a slot holds in the pretrained DiT
+__all__ = [
+    "Graft",
+    "GraftPlan",
+    "differences",
+    "find_file",
+    "flag_path",
+    "load_plan",
+    "plan_from_flags",
+    "read_yaml",
+    "with_base",
+    "write_plan",
+]
+
+SLOT_NAMES = ("mha", "mlp")
 INITS = ("fresh", "inherit")
+VAE_NAMES = ("ema", "mse")  # any other `vae` is a path
 
 # Every key a graft YAML may hold, with the types it may have. The first group is the predecessor's
 # and the paper's schema; "base_ckpt_path" and below are this repository's.
@@ -28,193 +45,19 @@ SAMPLE_KEYS = {
     "init_type": str,  # the paper's files; only "graft"
     "dit_model_name": str,
     "grafted_dit_ckpt_path": (str, type(None)),
-    "samples_save_dir": (str, type(None)),
+    "samples_save_dir": (str, type(None)),  # read by nothing: --sample-dir decides
     "image_size": int,
     "graft_indexes": (list, type(None)),
     "graft_weights": (dict, type(None)),
     "base_ckpt_path": (str, type(None)),
     "num_classes": int,
     "vae": str,
-    "graft_init": str,
+    "graft_init": (str, type(None)),
 }
 TOP_KEYS = {"operator": dict, "grafts": list, "sample_config": dict}
 
 
-@dataclass(frozen=True)
-class Graft:
-    """One operator and the blocks that take it.
-
-    Attributes:
-        slot: "mha" or "mlp".
-        operator: name in `models.operators.OPERATORS`.
-        config: complete constructor arguments.
-        blocks: ascending block indices.
-    """
-
-    slot: str
-    operator: str
-    config: Mapping
-    blocks: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class GraftPlan:
-    """What is grafted where, and from which files; see the module's head.
-
-    Attributes:
-        path: the YAML file.
-        model_name: preset of the pretrained DiT, for example "DiT-XL/2".
-        image_size: pixels.
-        num_classes: without the null class.
-        grafts: operators and their blocks; empty for a plain DiT.
-        base_ckpt_path: the pretrained DiT; None to train one from scratch.
-        grafted_ckpt_path: a grafted model that this plan starts from, or None.
-        graft_weights: block -> file of a distilled operator.
-        graft_init: "fresh" or "inherit", for grafts that no file provides.
-        vae: "ema", "mse" or a folder, for sampling.
-    """
-
-    path: Path
-    model_name: str
-    image_size: int
-    num_classes: int = 1000
-    seed: int = 0
-    grafts: tuple[Graft, ...] = ()
-    base_ckpt_path: Path | None = None
-    grafted_ckpt_path: Path | None = None
-    graft_weights: Mapping[int, Path] = field(default_factory=dict)
-    graft_init: str = "fresh"
-    vae: str = "ema"
-    samples_save_dir: str | None = None
-
-    @property
-    def depth(self) -> int:
-        return PRESETS[self.model_name]["depth"]
-
-    @property
-    def input_size(self) -> int:
-        """Latent height and width."""
-        return latent_size(self.model_name, self.image_size)
-
-    def grafted_blocks(self, slot: str | None = None) -> tuple[int, ...]:
-        """Blocks that take another operator, in `slot` or in either."""
-        blocks = {b for g in self.grafts if slot in (None, g.slot) for b in g.blocks}
-        return tuple(sorted(blocks))
-
-    def graft_at(self, block: int, slot: str) -> Graft | None:
-        """The graft of one slot of one block, or None where the original operator stays."""
-        for graft in self.grafts:
-            if graft.slot == slot and block in graft.blocks:
-                return graft
-        return None
-
-    def architecture(self) -> dict:
-        """What the tensors' names and shapes depend on, as plain data; stored in checkpoints."""
-        return {
-            "model_name": self.model_name,
-            "image_size": self.image_size,
-            "num_classes": self.num_classes,
-            "grafts": [
-                {**asdict(g), "config": dict(g.config), "blocks": list(g.blocks)}
-                for g in self.grafts
-            ],
-        }
-
-    def describe(self) -> str:
-        """One line for logs."""
-        parts = [f"{g.operator} in {g.slot} of {len(g.blocks)} blocks" for g in self.grafts]
-        return f"{self.model_name} at {self.image_size} px, " + ("; ".join(parts) or "no grafts")
-
-
-# -- reading YAML --------------------------------------------------------------
-
-
-def find_file(name: str, yaml_path: Path, key: str) -> Path:
-    """Where a path in a YAML leads: beside that file, the working directory, or the repository.
-
-    Raises:
-        FileNotFoundError: in none of the three; the message lists them.
-    """
-    places = _places(name, yaml_path)
-    for place in places:
-        if place.exists():
-            return place.resolve()
-    tried = ", ".join(str(p) for p in dict.fromkeys(places))
-    raise FileNotFoundError(f"{yaml_path}: {key}: {name!r} was found at none of {tried}")
-
-
-def _places(name: str, yaml_path: Path) -> list[Path]:
-    return [base / name for base in (yaml_path.parent, Path.cwd(), REPOSITORY)]
-
-
-def read_yaml(path: Path) -> dict:
-    """A YAML file's mapping, with duplicate keys refused."""
-    if not path.is_file():
-        raise FileNotFoundError(f"config {path}: no such file")
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config {path} is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"config {path}: holds {type(content).__name__}, needs a mapping of keys")
-    return content
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML lets the last of two equal keys win without a word; a graft plan must not."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} stands twice", node.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-def _check_keys(path: Path, where: str, found: dict, legal: dict, required: tuple = ()) -> None:
-    for key, value in found.items():
-        if key not in legal:
-            raise ValueError(
-                f"{path}: {where}: unknown key {key!r}; legal keys: {', '.join(sorted(legal))}"
-            )
-        types = legal[key] if isinstance(legal[key], tuple) else (legal[key],)
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            names = " or ".join("null" if t is type(None) else t.__name__ for t in types)
-            raise ValueError(f"{path}: {where}: {key}: {value!r} must be of type {names}")
-    for key in required:
-        if key not in found:
-            raise ValueError(f"{path}: {where}: key {key!r} is missing")
-
-
-def _blocks(path: Path, key: str, value: list | None, depth: int) -> tuple[int, ...]:
-    blocks = list(value or [])
-    for block in blocks:
-        if not isinstance(block, int) or isinstance(block, bool) or not 0 <= block < depth:
-            raise ValueError(f"{path}: {key}: block {block!r}; legal blocks are 0 to {depth - 1}")
-        if blocks.count(block) > 1:
-            raise ValueError(f"{path}: {key}: block {block} stands twice; name each block once")
-    return tuple(sorted(blocks))
-
-
-def _graft(path: Path, where: str, entry: dict, indexes: list | None, sizes: dict) -> Graft:
-    slot, operator = entry["type"], entry["name"]
-    if slot not in ORIGINAL:
-        raise ValueError(f"{path}: {where}: type: {slot!r}; legal slots: {', '.join(ORIGINAL)}")
-    legal = sorted(n for n, s in OPERATORS.items() if s.slot == slot)
-    if operator not in legal:
-        other = f" ({operator!r} belongs in the other slot)" if operator in OPERATORS else ""
-        raise ValueError(
-            f"{path}: {where}: name: {operator!r} is no operator of the {slot} slot{other}; "
-            f"legal names: {', '.join(legal)}"
-        )
-    config_path = find_file(entry["config_filepath"], path, f"{where}: config_filepath")
-    try:
-        config = complete_config(operator, read_yaml(config_path), **sizes["operator"])
-    except ValueError as error:
-        raise ValueError(f"{path}: {where}: {config_path}: {error}") from error
-    return Graft(slot, operator, config, _blocks(path, where, indexes, sizes["depth"]))
+# -- reading -------------------------------------------------------------------
 
 
 def load_plan(path: str | Path) -> GraftPlan:
@@ -228,9 +71,9 @@ def load_plan(path: str | Path) -> GraftPlan:
     """
     path = Path(path)
     content = read_yaml(path)
-    _check_keys(path, "top level", content, TOP_KEYS, required=("sample_config",))
+    check_keys(path, "top level", content, TOP_KEYS, required=("sample_config",))
     sample = content["sample_config"]
-    _check_keys(path, "sample_config", sample, SAMPLE_KEYS, ("dit_model_name", "image_size"))
+    check_keys(path, "sample_config", sample, SAMPLE_KEYS, ("dit_model_name", "image_size"))
     name = sample["dit_model_name"]
     if name not in PRESETS:
         raise ValueError(
@@ -238,22 +81,21 @@ def load_plan(path: str | Path) -> GraftPlan:
         )
     if sample.get("init_type", "graft") != "graft":
         raise ValueError(f"{path}: init_type: {sample['init_type']!r}; the only legal value: graft")
-    if sample.get("graft_init", "fresh") not in INITS:
+    if sample.get("graft_init") not in (None, *INITS):
         raise ValueError(f"{path}: graft_init: {sample['graft_init']!r}; legal: {', '.join(INITS)}")
     if sample.get("num_classes", 1) < 1:
         raise ValueError(f"{path}: num_classes: {sample['num_classes']}; must be at least 1")
+    try:
+        size = latent_size(name, sample["image_size"])
+    except ValueError as error:
+        raise ValueError(f"{path}: sample_config: {error}") from error
     preset = PRESETS[name]
-    size = latent_size(name, sample["image_size"])
     sizes = {
-        "depth": preset["depth"],
-        "operator": {
-            "hidden_size": preset["hidden_size"],
-            "num_heads": preset["num_heads"],
-            "num_tokens": (size // preset["patch_size"]) ** 2,
-        },
+        "hidden_size": preset["hidden_size"],
+        "num_heads": preset["num_heads"],
+        "num_tokens": (size // preset["patch_size"]) ** 2,
     }
-    grafts = _read_grafts(path, content, sample, sizes)
-    weights = _read_graft_weights(path, sample, grafts)
+    grafts = _read_grafts(path, content, sample, sizes, preset["depth"])
     return GraftPlan(
         path=path,
         model_name=name,
@@ -261,16 +103,17 @@ def load_plan(path: str | Path) -> GraftPlan:
         num_classes=sample.get("num_classes", 1000),
         seed=sample.get("seed", sample.get("global_seed", 0)),
         grafts=grafts,
-        base_ckpt_path=_base_path(path, sample, name),
+        base_ckpt_path=_base_path(sample),
         grafted_ckpt_path=_optional_path(sample.get("grafted_dit_ckpt_path")),
-        graft_weights=weights,
-        graft_init=sample.get("graft_init", "fresh"),
+        graft_weights=_read_graft_weights(path, sample, grafts),
+        graft_init=sample.get("graft_init"),
         vae=sample.get("vae", "ema"),
-        samples_save_dir=sample.get("samples_save_dir"),
     )
 
 
-def _read_grafts(path: Path, content: dict, sample: dict, sizes: dict) -> tuple[Graft, ...]:
+def _read_grafts(
+    path: Path, content: dict, sample: dict, sizes: dict, depth: int
+) -> tuple[Graft, ...]:
     """Grafts of the one-operator form (`operator` + `graft_indexes`) or of the `grafts` list."""
     if ("operator" in content) == ("grafts" in content):
         raise ValueError(
@@ -279,14 +122,9 @@ def _read_grafts(path: Path, content: dict, sample: dict, sizes: dict) -> tuple[
         )
     if "operator" in content:
         entry = content["operator"]
-        _check_keys(path, "operator", entry, OPERATOR_KEYS, tuple(OPERATOR_KEYS))
-        if not sample.get("graft_indexes"):
-            raise ValueError(
-                f"{path}: graft_indexes: names no block; list the blocks that take "
-                f"{entry['name']!r}, or write 'grafts: []' for a plain DiT"
-            )
-        graft = _graft(path, "operator", entry, sample["graft_indexes"], sizes)
-        return (graft,)
+        check_keys(path, "operator", entry, OPERATOR_KEYS, tuple(OPERATOR_KEYS))
+        blocks = _blocks(path, "graft_indexes", sample.get("graft_indexes"), depth)
+        return (_graft(path, "operator", entry, blocks, sizes),)
     if sample.get("graft_indexes"):
         raise ValueError(f"{path}: graft_indexes: with 'grafts', each entry lists its own blocks")
     grafts, taken = [], {}
@@ -295,8 +133,9 @@ def _read_grafts(path: Path, content: dict, sample: dict, sizes: dict) -> tuple[
         if not isinstance(entry, dict):
             raise ValueError(f"{path}: {where}: {entry!r} must be a mapping")
         keys = {**OPERATOR_KEYS, "graft_indexes": list}
-        _check_keys(path, where, entry, keys, tuple(keys))
-        graft = _graft(path, where, entry, entry["graft_indexes"], sizes)
+        check_keys(path, where, entry, keys, tuple(keys))
+        blocks = _blocks(path, f"{where}.graft_indexes", entry["graft_indexes"], depth)
+        graft = _graft(path, where, entry, blocks, sizes)
         for block in graft.blocks:
             if (graft.slot, block) in taken:
                 raise ValueError(
@@ -308,19 +147,61 @@ def _read_grafts(path: Path, content: dict, sample: dict, sizes: dict) -> tuple[
     return tuple(grafts)
 
 
-def _read_graft_weights(path: Path, sample: dict, grafts: tuple[Graft, ...]) -> dict[int, Path]:
-    """Block -> file; a block must hold exactly one graft to be filled this way."""
+def _blocks(path: Path, key: str, value: list | None, depth: int) -> tuple[int, ...]:
+    if not value:
+        raise ValueError(
+            f"{path}: {key}: names no block; list the blocks that take the operator, or write "
+            "'grafts: []' instead of it for a plain DiT"
+        )
+    for block in value:
+        if type(block) is not int or not 0 <= block < depth:
+            raise ValueError(f"{path}: {key}: block {block!r}; legal blocks are 0 to {depth - 1}")
+        if value.count(block) > 1:
+            raise ValueError(f"{path}: {key}: block {block} stands twice; name each block once")
+    return tuple(sorted(value))
+
+
+def _graft(path: Path, where: str, entry: dict, blocks: tuple[int, ...], sizes: dict) -> Graft:
+    slot, operator = entry["type"], entry["name"]
+    if slot not in SLOT_NAMES:
+        raise ValueError(f"{path}: {where}: type: {slot!r}; legal slots: {', '.join(SLOT_NAMES)}")
+    legal = sorted(n for n, s in OPERATORS.items() if s.slot == slot)
+    if operator not in legal:
+        other = f" ({operator!r} belongs in the other slot)" if operator in OPERATORS else ""
+        raise ValueError(
+            f"{path}: {where}: name: {operator!r} is no operator of the {slot} slot{other}; "
+            f"legal names: {', '.join(legal)}"
+        )
+    config_path = find_file(entry["config_filepath"], path, f"{where}: config_filepath")
+    config = read_yaml(config_path)
+    try:
+        config = complete_config(operator, config, **sizes)
+    except ValueError as error:
+        raise ValueError(f"{path}: {where}: {config_path}: {error}") from error
+    return Graft(slot, operator, config, blocks)
+
+
+def _read_graft_weights(
+    path: Path, sample: dict, grafts: tuple[Graft, ...]
+) -> dict[tuple[int, str], Path]:
     weights = {}
-    for block, name in (sample.get("graft_weights") or {}).items():
-        holders = [g for g in grafts if block in g.blocks]
-        if len(holders) != 1:
-            raise ValueError(
-                f"{path}: graft_weights: block {block!r} holds {len(holders)} grafts in this plan; "
-                "files can be named only for blocks with exactly one"
-            )
-        if not isinstance(name, str):
-            raise ValueError(f"{path}: graft_weights: {block}: {name!r} must be a file name")
-        weights[block] = Path(name)
+    for block, files in (sample.get("graft_weights") or {}).items():
+        where = f"{path}: graft_weights: {block!r}"
+        slots = [g.slot for g in grafts if type(block) is int and block in g.blocks]
+        if not slots:
+            raise ValueError(f"{where}: takes no graft in this plan")
+        if not isinstance(files, dict):
+            if len(slots) > 1:
+                raise ValueError(
+                    f"{where}: takes a graft in both slots: write {{mha: file, mlp: file}}"
+                )
+            files = {slots[0]: files}
+        for slot, name in files.items():
+            if slot not in slots:
+                raise ValueError(f"{where}: {slot!r}; its grafted slots: {', '.join(slots)}")
+            if not isinstance(name, str):
+                raise ValueError(f"{where}: {name!r} must be a file name")
+            weights[block, slot] = Path(name)
     return weights
 
 
@@ -328,19 +209,29 @@ def _optional_path(value: str | None) -> Path | None:
     return None if value in (None, "", "None", "none") else Path(value)
 
 
-def _base_path(path: Path, sample: dict, name: str) -> Path | None:
-    """The plan's base checkpoint; DiT-XL/2 has a published one, other presets none."""
+def _base_path(sample: dict) -> Path | None:
+    """The base checkpoint; DiT-XL/2 has a published one, other presets none."""
     if "base_ckpt_path" in sample:
         return _optional_path(sample["base_ckpt_path"])
-    if name == "DiT-XL/2" and sample["image_size"] in (256, 512):
-        size = sample["image_size"]
+    size = sample["image_size"]
+    if sample["dit_model_name"] == "DiT-XL/2" and size in (256, 512):
         return Path(f"pretrained/DiT-XL-2-{size}x{size}.pt")
     return None
 
 
+# -- from flags ----------------------------------------------------------------
+
+
 def with_base(plan: GraftPlan, base: str | None) -> GraftPlan:
-    """The plan with another base checkpoint (the entries' --load-weight); None changes nothing."""
-    return plan if base is None else replace(plan, base_ckpt_path=_optional_path(base))
+    """The plan with the base checkpoint of --load-weight; "none": no base, None: as it was.
+
+    Raises:
+        FileNotFoundError: no such file, from the working directory.
+    """
+    if base is None:
+        return plan
+    path = None if _optional_path(base) is None else flag_path("--load-weight", base)
+    return replace(plan, base_ckpt_path=path)
 
 
 def plan_from_flags(
@@ -352,15 +243,10 @@ def plan_from_flags(
         ValueError: a flag contradicts the YAML, or neither names a model.
     """
     if config is None:
-        if model not in PRESETS:
-            raise ValueError(f"--model {model}: legal names: {', '.join(sorted(PRESETS))}")
-        sample = {"dit_model_name": model, "image_size": 256 if image_size is None else image_size}
-        return GraftPlan(
-            path=Path("flags"),
-            model_name=model,
-            image_size=sample["image_size"],
-            num_classes=1000 if num_classes is None else num_classes,
-            base_ckpt_path=_base_path(Path("flags"), sample, model),
+        return _plain_plan(
+            model,
+            256 if image_size is None else image_size,
+            1000 if num_classes is None else num_classes,
         )
     plan = load_plan(config)
     for flag, given, planned in (
@@ -375,46 +261,73 @@ def plan_from_flags(
     return plan
 
 
+def _plain_plan(model: str | None, image_size: int, num_classes: int) -> GraftPlan:
+    if model is None:
+        raise ValueError("nothing says which model: give --config or --model")
+    if model not in PRESETS:
+        raise ValueError(f"--model {model}: legal names: {', '.join(sorted(PRESETS))}")
+    if num_classes < 1:
+        raise ValueError(f"--num-classes {num_classes}: must be at least 1")
+    try:
+        latent_size(model, image_size)
+    except ValueError as error:
+        raise ValueError(f"--image-size: {error}") from error
+    base = _base_path({"dit_model_name": model, "image_size": image_size})
+    return GraftPlan(Path("flags"), model, image_size, num_classes, base_ckpt_path=base)
+
+
+# -- writing -------------------------------------------------------------------
+
+
 def write_plan(plan: GraftPlan, path: Path, blocks: dict[str, list[int]], header: str = "") -> None:
-    """Writes a YAML like the plan's own, with other blocks grafted in each slot.
+    """Writes a YAML like the plan's own, with other blocks grafted.
 
     Args:
         plan: where operators, files and sizes come from.
-        path: the new YAML; file names in it lead from its folder or, as before, from the
-            repository and the working directory.
-        blocks: slot -> blocks that take the plan's operator of that slot.
+        path: the new YAML; names of files that exist now lead from its folder.
+        blocks: slot -> blocks that take the plan's operator of that slot; a slot that is left out
+            keeps its blocks.
         header: comment lines for the top.
     """
     source, folder = read_yaml(plan.path), path.parent.resolve()
-    sample = dict(source["sample_config"])
+
+    def lead(name: str | Path, key: str) -> str:
+        if not any(place.exists() for place in places(name, plan.path)):
+            return str(name)
+        return os.path.relpath(find_file(name, plan.path, key), folder)
+
     entries = [source["operator"]] if "operator" in source else source["grafts"]
     grafts = []
     for entry, graft in zip(entries, plan.grafts, strict=True):
-        file = find_file(entry["config_filepath"], plan.path, "config_filepath")
-        chosen = [b for b in graft.blocks if b in blocks[graft.slot]]
-        grafts.append(
-            {
-                **entry,
-                "config_filepath": os.path.relpath(file, folder),
-                "graft_indexes": chosen,
-            }
-        )
-    if plan.base_ckpt_path is not None:
-        sample["base_ckpt_path"] = str(plan.base_ckpt_path)
-    for key in ("grafted_dit_ckpt_path", "base_ckpt_path", "vae"):
-        if sample.get(key) and any(p.exists() for p in _places(sample[key], plan.path)):
-            sample[key] = os.path.relpath(find_file(sample[key], plan.path, key), folder)
-    if sample.get("graft_weights"):
-        kept = {b for g in grafts for b in g["graft_indexes"]}
-        sample["graft_weights"] = {
-            b: os.path.relpath(find_file(f, plan.path, "graft_weights"), folder)
-            for b, f in sample["graft_weights"].items()
-            if b in kept
-        }
-    if "operator" in source:
+        chosen = [b for b in graft.blocks if b in blocks.get(graft.slot, graft.blocks)]
+        file = lead(entry["config_filepath"], "config_filepath")
+        if chosen:
+            grafts.append({**entry, "config_filepath": file, "graft_indexes": chosen})
+
+    sample = dict(source["sample_config"])
+    for key in ("samples_save_dir", "graft_indexes", "graft_weights"):
+        sample.pop(key, None)
+    base = plan.base_ckpt_path
+    sample["base_ckpt_path"] = None if base is None else lead(base, "base_ckpt_path")
+    if plan.grafted_ckpt_path is not None:
+        sample["grafted_dit_ckpt_path"] = lead(plan.grafted_ckpt_path, "grafted_dit_ckpt_path")
+    if "vae" in sample and sample["vae"] not in VAE_NAMES:
+        sample["vae"] = lead(sample["vae"], "vae")
+    weights: dict[int, dict[str, str]] = {}
+    for (block, slot), file in plan.graft_weights.items():
+        if any(g["type"] == slot and block in g["graft_indexes"] for g in grafts):
+            weights.setdefault(block, {})[slot] = lead(file, "graft_weights")
+    if "operator" in source and grafts:
         sample["graft_indexes"] = grafts[0].pop("graft_indexes")
         content = {"operator": grafts[0], "sample_config": sample}
     else:
-        content = {"grafts": [g for g in grafts if g["graft_indexes"]], "sample_config": sample}
+        content = {"grafts": grafts, "sample_config": sample}
+    if weights:
+        # a file alone will do where the block takes one graft, as in the predecessor's schema
+        sample["graft_weights"] = {
+            block: files if "grafts" in content else next(iter(files.values()))
+            for block, files in weights.items()
+        }
     text = "".join(f"# {line}\n" for line in header.splitlines())
-    path.write_text(text + yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    text += yaml.safe_dump(content, sort_keys=False)
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))

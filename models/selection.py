@@ -209,8 +209,9 @@ def settle(dit: nn.Module, kept: list[int]) -> None:
 class GatedDiT(nn.Module):
     """A DiT whose slots hold graft pairs, and the gates that choose between them, as one module.
 
-    forward(x, t, y, ..., uniform, tau, scaling): uniform [B, all options, group after group] in
-    (0, 1) makes the Gumbel noise; the rest goes to the DiT. -> [B,2C,H,W].
+    In training every sample draws its own blocks; that takes `tau`, `scaling` and `uniform` [B, all
+    options, group after group], see `LayerGates.draw`. In eval mode the most likely blocks are
+    kept, without noise. `drop` goes to the DiT. -> [B,2C,H,W].
     """
 
     def __init__(self, dit: nn.Module, gates: LayerGates):
@@ -224,11 +225,16 @@ class GatedDiT(nn.Module):
         t: torch.Tensor,
         y: torch.Tensor,
         *,
-        uniform: torch.Tensor,
-        tau: float,
-        scaling: float,
+        uniform: torch.Tensor | None = None,
+        tau: float | None = None,
+        scaling: float | None = None,
         drop: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        sizes = [gate.shape[1] for gate in self.gates.gumbel_gates]
-        keep = self.gates.draw(tau, scaling, list(uniform.split(sizes, dim=1)))  # B depth
+        if not self.training:
+            keep = self.gates.keep_mask()  # depth
+        elif uniform is None or tau is None or scaling is None:
+            raise ValueError("in training, GatedDiT draws: pass uniform, tau and scaling")
+        else:
+            sizes = [gate.shape[1] for gate in self.gates.gumbel_gates]
+            keep = self.gates.draw(tau, scaling, list(uniform.split(sizes, dim=1)))  # B depth
         return self.dit(x, t, y, keep=keep, drop=drop)

@@ -13,7 +13,9 @@ from models.operators import OPERATORS
 
 SLOTS = {"mha": "attn", "mlp": "mlp"}  # the operator table's slot -> the block's attribute
 NESTINGS = ("ema", "model", "state_dict")  # in this order, so that averages win over raw weights
-WRAPPERS = ("module.", "_orig_mod.")  # prefixes that DDP and torch.compile leave in names
+# what DDP and torch.compile put into names, as whole components
+WRAPPERS = re.compile(r"(^|\.)(?:(?:module|_orig_mod)\.)+")
+PLAN_KEYS = {"model_name", "image_size", "num_classes", "grafts"}  # of GraftPlan.architecture()
 
 State = Mapping[str, torch.Tensor]
 
@@ -26,35 +28,52 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
 def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict | None]:
     """The flat state dict of a `.pt`, `.pth` or `.safetensors` file, on the CPU, and its plan.
 
-    Nesting under `ema`, `model` or `state_dict` and prefixes of DDP and torch.compile are taken
-    off. Pickles open with `weights_only=True`; of other classes only `argparse.Namespace`, which
-    DiT's and the released grafts' files carry, is let in. The plan is what this repository's
-    checkpoints say of the model's architecture; other files have None.
+    Nesting under `ema`, `model` or `state_dict` (the first that is not empty; in flat files a
+    prefix of all names) and wrappers of DDP and torch.compile are taken off. Pickles open with
+    `weights_only=True`; of other classes only `argparse.Namespace`, which DiT's and the released
+    grafts' files carry, is let in. The plan is what this repository's checkpoints say of the
+    model's architecture (`GraftPlan.architecture`); other files have None.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: torn, holding other Python objects, or holding no tensors.
+        ValueError: a folder, torn, holding other Python objects, or holding no tensors.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"weights {path}: is a folder; name the weight file in it")
     if not path.is_file():
         raise FileNotFoundError(f"weights {path}: no such file")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     plan = content.get("plan") if isinstance(content, dict) else None
-    for key in NESTINGS:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
+    content = _innermost(content)
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"weights {path} hold no state dict (found {type(content).__name__})")
-    state = {}
+        kind = "an empty one" if content == {} else type(content).__name__
+        raise ValueError(f"weights {path} hold no state dict (found {kind})")
+    state: dict[str, torch.Tensor] = {}
     for name, tensor in content.items():
         if not torch.is_tensor(tensor):
             kind = type(tensor).__name__
             raise ValueError(f"weights {path}: entry {name!r} is of type {kind}, not a tensor")
-        for wrapper in WRAPPERS:
-            name = name.replace(wrapper, "")
-        state[name] = tensor
-    return state, plan
+        bare = WRAPPERS.sub(r"\1", name)
+        if bare in state:
+            raise ValueError(f"weights {path}: {name} and another entry both stand for {bare}")
+        state[bare] = tensor
+    return state, plan if isinstance(plan, dict) and plan.keys() >= PLAN_KEYS else None
+
+
+def _innermost(content: object) -> object:
+    """The state dict inside a checkpoint's content, with nesting in dicts or in names taken off."""
+    if not isinstance(content, dict):
+        return content
+    nested = [content[key] for key in NESTINGS if isinstance(content.get(key), dict)]
+    if nested:
+        return _innermost(next(filter(None, nested), {}))
+    found = {str(name).partition(".")[0] for name in content}
+    if found and found <= set(NESTINGS) and all("." in str(name) for name in content):
+        key = next(key for key in NESTINGS if key in found)
+        start = f"{key}."
+        return {n.removeprefix(start): t for n, t in content.items() if n.startswith(start)}
+    return content
 
 
 def _read_safetensors(path: Path) -> dict:

@@ -11,8 +11,13 @@ setup_env requirements.txt
 out="${OUT:-runs/quickstart}"
 began=$SECONDS
 stage() { printf '\n== %s (%d s so far)\n' "$1" $((SECONDS - began)); }
+if [ -d "$out" ] && [ ! -f "$out/.quickstart" ] && [ -n "$(ls -A "$out")" ]; then
+    echo "error: $out holds other files; set OUT to another folder" >&2
+    exit 1
+fi
 rm -rf "$out"
 mkdir -p "$out"
+touch "$out/.quickstart"
 
 stage "1/6 images: unpack the emoji set"
 python scripts/unpack_mini.py --out data/mini

@@ -32,34 +32,32 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from evaluation.features import gather_stats
 from evaluation.metrics import frechet_distance
 from evaluation.mini_net import DIM, SIZE, MiniFeatures, MiniNet, save_weights
+from training import arguments, distributed
 
 DAMAGES = ("blur", "noise", "shuffle", "warp", "blend", "colour", "erase")
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--data-path", type=Path, default=Path("data/mini"))
-    parser.add_argument("--labels", type=Path, default=Path("assets/mini/images/labels.csv"))
-    parser.add_argument("--out", type=Path, default=Path("assets/mini/feature_net.safetensors"))
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-minutes", type=float, default=None, help="shortens the schedule")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--no-compile", action="store_true")
-    return parser.parse_args()
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = arguments.parser(__doc__)
+    add = parser.add_argument
+    add("--data-path", type=Path, default=Path("data/mini"), help="with train/ and heldout/")
+    add("--labels", type=Path, default=Path("assets/mini/images/labels.csv"), help="the table")
+    add("--out", type=Path, default=Path("assets/mini/feature_net.safetensors"), help="weights")
+    add("--steps", type=arguments.positive, default=3000, help="optimiser steps")
+    add("--batch-size", type=arguments.positive, default=256, help="pictures a step")
+    add("--lr", type=arguments.rate, default=2e-3, help="peak of the cosine")
+    add("--seed", type=arguments.seed, default=0, help="of weights, order and augmentation")
+    add("--max-minutes", type=arguments.rate, help="shortens the schedule (unset: no limit)")
+    add("--device", help="cuda, cuda:1 or cpu (unset: CUDA where there is any)")
+    add("--no-compile", action="store_true", help="without torch.compile on CUDA")
+    return parser.parse_args(argv)
 
 
-def main(args):
+def main(args: argparse.Namespace) -> None:
     started = time.monotonic()
     torch.backends.cudnn.allow_tf32 = False  # the checks are in float32; training is in bfloat16
     torch.manual_seed(args.seed)
-    device = torch.device(args.device)
+    device = distributed.start(args.device).device
     dice = torch.Generator(device).manual_seed(args.seed)
 
     rows = read_labels(args.labels)
@@ -155,7 +153,8 @@ def main(args):
         print(f"fd_mini to train of {name:<24} {value:10.3f}")
     print("checks", checks)
     print(f"wrote {args.out} and {args.out.with_suffix('.json')} in {record['seconds']} s")
-    return 0 if all(checks.values()) else 1
+    if not all(checks.values()):
+        sys.exit(1)
 
 
 # -- the pictures ------------------------------------------------------------------------------
@@ -340,4 +339,4 @@ def judge(distances: dict[str, float]) -> dict[str, bool]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(parse_args()))
+    distributed.run(main, parse_args())

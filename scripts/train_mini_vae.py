@@ -16,6 +16,7 @@ import argparse
 import copy
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -24,6 +25,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from training import arguments, distributed
+
 MAX_SHIFT = 4  # pixels; the pictures stand on white, which also fills what a shift uncovers
 CHANNEL_SWAP = 0.15  # share of pictures whose R, G, B are permuted: rare colours get more cover
 EMA_DECAY = 0.999
@@ -31,26 +36,24 @@ WARMUP_STEPS = 200
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--data-path", type=Path, default=Path("data/mini"))
-    parser.add_argument("--out", type=Path, default=Path("assets/mini/vae"))
-    parser.add_argument("--preview", type=Path, help="PNG to write; left out: none")
-    parser.add_argument("--steps", type=int, default=8_000)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=8e-4, help="peak, after the warm-up")
-    parser.add_argument("--kl-weight", type=float, default=1e-4)
-    parser.add_argument(
+    parser = arguments.parser(__doc__)
+    add = parser.add_argument
+    add("--data-path", type=Path, default=Path("data/mini"), help="with train/ and heldout/")
+    add("--out", type=Path, default=Path("assets/mini/vae"), help="folder to write")
+    add("--preview", type=Path, help="PNG to write (unset: none)")
+    add("--steps", type=arguments.positive, default=8_000, help="optimiser steps")
+    add("--batch-size", type=arguments.positive, default=128, help="pictures a step")
+    add("--lr", type=arguments.rate, default=8e-4, help="peak, after the warm-up")
+    add("--kl-weight", type=arguments.weight, default=1e-4, help="of the KL term in the loss")
+    add(
         "--max-minutes",
-        type=float,
-        help="training anneals and ends by then, compilation included, with steps left",
+        type=arguments.rate,
+        help="training anneals and ends by then, compilation included, with steps left "
+        "(unset: no limit)",
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="default cuda where there is one, else cpu")
-    parser.add_argument("--no-compile", action="store_true")
+    add("--seed", type=arguments.seed, default=0, help="of weights, order and augmentation")
+    add("--device", help="cuda, cuda:1 or cpu (unset: CUDA where there is any)")
+    add("--no-compile", action="store_true", help="without torch.compile on CUDA")
     return parser.parse_args(argv)
 
 
@@ -195,7 +198,7 @@ def save_preview(path: Path, images: torch.Tensor, copies: torch.Tensor, columns
 
 def main(args: argparse.Namespace) -> None:
     start = time.monotonic()
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = distributed.start(args.device).device
     torch.manual_seed(args.seed)
     generator = torch.Generator(device).manual_seed(args.seed)
     bf16 = torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
@@ -285,4 +288,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    distributed.run(main, parse_args())

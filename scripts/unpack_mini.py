@@ -13,24 +13,25 @@ import csv
 import hashlib
 import os
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from training import arguments, distributed
+
 SHEETS = Path(__file__).resolve().parent.parent / "assets" / "mini" / "images"
 COLUMNS = 24  # pictures in a row of a sheet; a class fills its sheet in the order of labels.csv
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--out", type=Path, default=Path("data/mini"), help="default data/mini")
-    parser.add_argument("--sheets", type=Path, default=SHEETS, help="default assets/mini/images")
+    parser = arguments.parser(__doc__)
+    parser.add_argument("--out", type=Path, default=Path("data/mini"), help="folder to write")
+    parser.add_argument("--sheets", type=Path, default=SHEETS, help="the sheets and labels.csv")
     return parser.parse_args(argv)
 
 
@@ -112,4 +113,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    distributed.run(main, parse_args())

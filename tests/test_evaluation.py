@@ -20,6 +20,8 @@ from evaluation.inception import InceptionFeatures, find_weights, legacy_resize,
 from evaluation.metrics import GaussianStats, frechet_distance
 from evaluation.mini_net import WEIGHTS, MiniFeatures, save_weights
 from evaluation.readers import batches, conversion_note, npz_keys, open_images
+from evaluation.report import check_roles, default_output
+from evaluation.writers import describe_run, git_revision
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -83,13 +85,12 @@ def evaluate(monkeypatch, *words):
 def test_statistics_do_not_depend_on_batching_and_survive_a_large_mean():
     rng = np.random.default_rng(0)
     features = rng.normal(size=(101, 7)) * np.arange(1, 8) + 1e7
-    parts = [GaussianStats(7), GaussianStats(7)]
-    for i, chunk in enumerate(np.array_split(features, [1, 3, 40, 90])):
-        parts[i % 2].update(torch.from_numpy(chunk))
-    parts[0].merge(parts[1])
-    assert parts[0].count == 101
-    np.testing.assert_allclose(parts[0].mean, features.mean(0), rtol=1e-14)
-    np.testing.assert_allclose(parts[0].sigma, np.cov(features, rowvar=False), rtol=1e-6, atol=1e-7)
+    stats = GaussianStats(7)
+    for chunk in np.array_split(features, [1, 3, 40, 90]):
+        stats.update(torch.from_numpy(chunk))
+    assert stats.count == 101
+    np.testing.assert_allclose(stats.mean, features.mean(0), rtol=1e-14)
+    np.testing.assert_allclose(stats.sigma, np.cov(features, rowvar=False), rtol=1e-6, atol=1e-7)
 
 
 def test_statistics_of_several_processes_are_joined_by_sums():
@@ -321,7 +322,7 @@ def test_inception_fid_equals_pytorch_fid(tmp_path, inception_weights, monkeypat
         monkeypatch, *folders, "--inception-weights", inception_weights, "--device", "cpu",
         "--batch-size", 4,
     )  # fmt: skip
-    report = json.loads((folders[1] / "metrics.json").read_text())
+    report = json.loads((tmp_path / "samples.metrics.json").read_text())
     assert report["metrics"]["fid"] == pytest.approx(expected, rel=1e-4)
     assert report["metrics"]["fid"] > 1e-3
     assert report["protocol"] == "pytorch-fid"
@@ -357,6 +358,25 @@ def test_inception_weights_are_looked_for_and_checked(tmp_path, monkeypatch):
     assert find_weights() == Path("pretrained") / name
     with pytest.raises(ValueError, match="is damaged"):
         InceptionFeatures()
+
+
+def test_weights_that_are_not_inception_are_one_line(tmp_path, inception_weights):
+    state = torch.load(inception_weights, weights_only=True)
+    path = tmp_path / "w.pth"
+    torch.save(state, path, _use_new_zipfile_serialization=False)  # as the published file is
+    InceptionFeatures(weights=path)
+    whole = path.read_bytes()
+    torch.save({"blocks.0.attn.qkv.weight": torch.zeros(3)}, tmp_path / "other.pth")
+    for content, message in (
+        (b"Gone", "w.pth is torn or no weight file"),  # to a pickle: G and half a number
+        (whole[:14], "w.pth is torn or no weight file"),
+        (whole[: len(whole) // 2], "w.pth is torn or no weight file"),
+        ((tmp_path / "other.pth").read_bytes(), "w.pth is not the Inception .*Missing key"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message) as caught:
+            InceptionFeatures(weights=path)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
 def test_mini_net_is_read_back_and_takes_its_own_size_only(tmp_path):
@@ -437,17 +457,68 @@ def test_mini_scores_are_reported_with_their_origin(tmp_path, monkeypatch, capsy
     assert second["samples_json"] == record and len(second["reference"]["sha256"]) == 64
 
     # A set against itself, to a place of the caller's.
-    evaluate(monkeypatch, samples, samples, *common, "--output", tmp_path / "self.json")
+    evaluate(monkeypatch, archive, samples, *common, "--output", tmp_path / "self.json")
     itself = json.loads((tmp_path / "self.json").read_text())
     assert itself["metrics"]["fd_mini"] == pytest.approx(0, abs=1e-6)
-    assert any("swapped" in line for line in itself["warnings"])
+    (samples / "samples.json").write_text('{"complete": tr')
+    with pytest.raises(ValueError, match="samples.json is not whole JSON .*: repeat the sampling"):
+        evaluate(monkeypatch, reference, samples, *common)
+
+
+def test_a_folder_that_is_not_ours_is_left_as_it_is(tmp_path, monkeypatch):
+    samples = write_pictures(tmp_path / "theirs.v1", pictures(3))
+    write_pictures(tmp_path / "reference", pictures(4, seed=1))
+    before = sorted(samples.iterdir())
+    monkeypatch.chdir(samples)
+    words = ("../reference", ".", "--feature-net", "mini", "--device", "cpu")
+    evaluate(monkeypatch, *words)
+    assert sorted(samples.iterdir()) == before
+    assert (tmp_path / "theirs.v1.metrics.json").is_file()
+    assert default_output("theirs.v1.npz") == Path("theirs.v1.metrics.json")
+
+
+def test_swapped_or_equal_arguments_are_refused_before_any_work(tmp_path, monkeypatch):
+    samples = write_pictures(tmp_path / "samples", pictures(2))
+    (samples / "samples.json").write_text("{}")
+    others = write_pictures(tmp_path / "others", pictures(2))
+    stats = tmp_path / "stats.npz"
+    np.savez(stats, mu=np.zeros(64), sigma=np.eye(64), arr_0=pictures(2))
+    monkeypatch.setattr(evaluate_fid, "MiniFeatures", None)  # not reached
+    common = ("--feature-net", "mini", "--device", "cpu")
+    for reference, scored, message in (
+        (samples, others, "look swapped .*samples has a samples.json"),
+        (others, stats, "look swapped .*stats.npz holds the statistics"),
+        (samples, tmp_path / "others" / ".." / "samples", "are both .*samples"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(monkeypatch, reference, scored, *common)
+    (others / "samples.json").write_text("{}")
+    check_roles(samples, others)  # two sets of samples may be compared
+
+
+def test_statistics_of_an_unstated_protocol_bring_one_warning(
+    tmp_path, monkeypatch, capsys, inception_weights
+):
+    archive, samples = tmp_path / "adm.npz", write_pictures(tmp_path / "samples", pictures(2, 48))
+    np.savez(archive, mu=np.zeros(2048), sigma=np.eye(2048))
+    common = ("--inception-weights", inception_weights, "--device", "cpu")
+    # The distance needs an eigendecomposition of 2048 dimensions, which is beside the point here.
+    monkeypatch.setattr(evaluate_fid, "frechet_distance", lambda *_: 1.0)
+    for flags, warned in (((), True), (("--protocol", "adm"), False)):
+        evaluate(monkeypatch, archive, samples, *common, *flags)
+        lines = [line for line in capsys.readouterr().out.splitlines() if "its protocol" in line]
+        report = json.loads((tmp_path / "samples.metrics.json").read_text())
+        assert (
+            len(lines) == warned and sum("its protocol" in w for w in report["warnings"]) == warned
+        )
+        assert all("by pytorch-fid" in line and "--protocol adm" in line for line in lines)
 
 
 def test_two_processes_give_the_score_of_one(tmp_path, monkeypatch):
     reference = write_pictures(tmp_path / "reference", pictures(9))
     samples = write_pictures(tmp_path / "samples", pictures(7, seed=1, smooth=True))
     evaluate(monkeypatch, reference, samples, "--feature-net", "mini", "--device", "cpu")
-    one = json.loads((samples / "metrics.json").read_text())
+    one = json.loads((tmp_path / "samples.metrics.json").read_text())
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     words += [
         REPOSITORY / "evaluate_fid.py",
@@ -468,7 +539,8 @@ def test_two_processes_give_the_score_of_one(tmp_path, monkeypatch):
 
 def test_entry_refuses_arguments_that_do_not_fit(tmp_path, monkeypatch):
     samples = write_pictures(tmp_path / "samples", pictures(2))
-    mini = (samples, samples, "--feature-net", "mini", "--device", "cpu")
+    others = write_pictures(tmp_path / "others", pictures(2))
+    mini = (others, samples, "--feature-net", "mini", "--device", "cpu")
     with pytest.raises(ValueError, match="--protocol"):
         evaluate(monkeypatch, *mini, "--protocol", "adm")
     with pytest.raises(ValueError, match="SAMPLES is missing"):
@@ -491,4 +563,79 @@ def test_statistics_files_of_another_space_are_refused(tmp_path):
         load_stats(path, net)
     # ADM's and pytorch-fid's files do not say how many images they stand for.
     np.savez(path, mu=stats.mu, sigma=stats.sigma)
-    assert load_stats(path, net).count is None
+    foreign = load_stats(path, net)
+    assert foreign.count is None and back.known_space and not foreign.known_space
+
+
+# -- writers ----------------------------------------------------------------------------------
+
+
+def settings(**changes):
+    return {
+        "plan": {"model": "DiT-Mini/2"},
+        "config": "a.yaml",
+        "checkpoint": "a.pt",
+        "checkpoint_sha256": {"trained": "11"},
+        "seed": 0,
+        "vae": "ema",
+        "vae_sha256": "22",
+        "num_samples": 3,
+        **changes,
+    }
+
+
+def test_a_sample_folder_takes_more_of_the_same_run_only(tmp_path):
+    folder = tmp_path / "run"
+    record = folder / "samples.json"
+
+    def complete():
+        return json.loads(record.read_text())["complete"]
+
+    describe_run(folder, settings(), complete=False)
+    assert not complete()
+    write_pictures(folder, pictures(3, 8))
+    describe_run(folder, settings(), complete=True)
+    text = record.read_text()
+    assert complete()
+    # Nothing is missing, and the files have only moved: nothing changes.
+    moved = settings(config="b.yaml", checkpoint="/mnt/a.pt", vae="/mnt/vae")
+    describe_run(folder, moved, complete=False)
+    describe_run(folder, moved, complete=True)
+    assert record.read_text() == text
+    for changes, message in (
+        ({"seed": 1}, "seed = 0, this run has 1"),
+        ({"checkpoint_sha256": {"trained": "12"}}, "checkpoint_sha256 = .*'11'.* has .*'12'"),
+        ({"checkpoint": "b.pt", "checkpoint_sha256": {}}, "checkpoint = 'a.pt', this"),
+        ({"num_samples": 2}, "images up to 000002.png, this run makes 2: ask for at least 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            describe_run(folder, settings(**changes), complete=False)
+    assert record.read_text() == text
+    stale = folder / ".000003.png.1.partial"
+    stale.write_bytes(b"")
+    os.utime(stale, (0, 0))
+    describe_run(folder, settings(num_samples=4), complete=False)
+    assert not complete() and not stale.exists()
+    describe_run(folder, settings(), complete=True)
+    assert complete()
+    (folder / "000001.png").unlink()
+    describe_run(folder, settings(), complete=False)
+    assert not complete()
+    record.write_text(text[:50])
+    with pytest.raises(ValueError, match="samples.json is not whole JSON"):
+        describe_run(folder, settings(), complete=False)
+
+
+def test_git_revision_counts_tracked_changes_only(tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluation.writers.REPOSITORY", tmp_path)
+    assert git_revision() is None
+    names = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], [*names, "commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    (tmp_path / "new.txt").write_text("untracked")
+    revision = git_revision()
+    assert len(revision) == 40
+    subprocess.run(["git", "-C", str(tmp_path), "add", "new.txt"], check=True)
+    assert git_revision() == f"{revision}-dirty"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert git_revision() is None

@@ -1,19 +1,25 @@
-"""extract_features.py on a dozen pictures and a random VAE."""
+"""extract_features.py on a dozen pictures and a random VAE; the scripts around the testbed."""
 
 import json
+import runpy
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import extract_features
 from diffusion import noise
 from latents.codec import load_codec
-from latents.images import ImageFolder
+from latents.images import LabelledImages
 from latents.store import open_latents
-from scripts import unpack_mini
+from scripts import export_weights, unpack_mini
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +66,7 @@ def test_store_holds_the_moments_of_image_and_mirror(pictures, tmp_path, vae):
     assert [shard["count"] for shard in store.manifest["shards"]] == [5, 5, 2]
     codec = load_codec(vae)
     assert store.manifest["vae_sha256"] == codec.sha256
-    folder = ImageFolder(pictures, 16)
+    folder = LabelledImages(pictures, 16)
     for i in (0, 7, 11):
         image = folder[i][0].float() / 127.5 - 1
         expected = codec.encode(torch.stack([image, image.flip(2)]))
@@ -127,7 +133,7 @@ def test_an_interrupted_extraction_is_no_store_and_goes_on(pictures, tmp_path, v
 def test_unreadable_pictures_end_the_run_or_are_listed(pictures, tmp_path, vae):
     bad = pictures / "class1" / "04.png"
     bad.write_bytes(bad.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"class1/04.png cannot be read .* --on-error skip"):
+    with pytest.raises(ValueError, match=r"class1/04.png cannot .* --on-error skip \(what is enc"):
         extract(pictures, tmp_path / "out", vae)
     extract(pictures, tmp_path / "out", vae, "--on-error", "skip")
     store = open_latents(tmp_path / "out")
@@ -173,13 +179,72 @@ def test_old_commands_parse_and_abbreviations_do_not(capsys):
     with pytest.raises(SystemExit):
         extract_features.parse_args(["--data", "d"])
     assert "--data-path" in capsys.readouterr().err
+    for flags, message in (
+        (["--num-workers", "-1"], "'-1' is not a whole number of at least 0"),
+        (["--global-seed", "-1"], "'-1' is not a whole number from 0"),
+        (["--image-size", "0"], "'0' is not a whole number of at least 1"),
+    ):
+        with pytest.raises(SystemExit):
+            extract_features.parse_args(["--data-path", "d", *flags])
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        ("extract_features.py", ["--data-path", "no", "--device", "cpu"], "folder no does not"),
+        (
+            "evaluate_fid.py",
+            ["no", "gone", "--feature-net", "mini", "--device", "cpu"],
+            "gone does",
+        ),
+        ("scripts/unpack_mini.py", ["--sheets", "no"], "no/labels.csv is missing"),
+        (
+            "scripts/export_weights.py",
+            ["no.pt", "--out", "x.safetensors"],
+            "weights no.pt: no such",
+        ),
+        (
+            "scripts/train_mini_vae.py",
+            ["--data-path", "no", "--device", "cpu"],
+            "no/train holds no",
+        ),
+        ("scripts/train_mini_features.py", ["--labels", "no", "--device", "cpu"], "no is missing"),
+    ],
+)
+def test_bad_input_ends_an_entry_with_one_line(
+    tmp_path, monkeypatch, capsys, script, flags, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_cores_are_counted_where_the_system_tells_no_affinity(monkeypatch):
+    monkeypatch.delattr("os.sched_getaffinity")
+    monkeypatch.setattr("os.cpu_count", lambda: None)
+    assert extract_features.usable_cpus() == 1
+
+
+def test_exported_weights_are_the_averaged_ones_in_half_precision(tmp_path):
+    ema, raw = {"a": torch.tensor([0.25, 3.0])}, {"a": torch.zeros(2)}
+    torch.save({"model": raw, "ema": ema}, tmp_path / "c.pt")
+    out = tmp_path / "new" / "dit.safetensors"
+    export_weights.main(export_weights.parse_args([str(tmp_path / "c.pt"), "--out", str(out)]))
+    state = load_file(out)
+    assert state["a"].dtype == torch.float16 and torch.equal(state["a"].float(), ema["a"])
 
 
 def test_log_is_kept_beside_the_shards(pictures, tmp_path, vae):
     extract(pictures, tmp_path / "out", vae, "--log-every", "1")
-    assert "12 images of 3 classes" in (tmp_path / "out" / "log.txt").read_text()
+    text = (tmp_path / "out" / "log.txt").read_text()
+    assert "images 12, classes 3, shards 3, of these to do 3" in text
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(lines[-1])["images"] == 12
+    assert json.loads(lines[-1])["rank_0_images"] == 12
 
 
 def test_unpacked_testbed_is_the_image_folder_of_labels_csv(tmp_path):
@@ -187,7 +252,7 @@ def test_unpacked_testbed_is_the_image_folder_of_labels_csv(tmp_path):
     counts = unpack_mini.unpack(unpack_mini.SHEETS, tmp_path)
     assert sum(counts.values()) == len(rows) == 1892
     for split in ("train", "heldout"):
-        folder = ImageFolder(tmp_path / split, 64)
+        folder = LabelledImages(tmp_path / split, 64)
         expected = {(r["filename"], int(r["class_id"])) for r in rows if r["split"] == split}
         found = zip(folder.paths, folder.labels.tolist(), strict=True)
         assert {(path.split("/")[1], label) for path, label in found} == expected

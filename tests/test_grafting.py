@@ -10,9 +10,7 @@ from safetensors.torch import save_file
 
 from models.grafting import build_grafted, graft, load_plan, load_trained
 from models.selection import GraftPair
-from models.weights import operator_of, read_state, tensors_at
-
-TOP = {"mha": {"type": "mha", "name": "swa", "config_filepath": "swa.yaml"}}
+from models.weights import operator_of, tensors_at
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +20,9 @@ def files(tmp_path_factory):
     (folder / "swa.yaml").write_text("window_size: [4, 4]\n")
     (folder / "hyena.yaml").write_text("inner_filter_len: 4\n")
     (folder / "mamba.yaml").write_text("d_state: 16\nheaddim: 16\n")
+    (folder / "wide.yaml").write_text("window_size: [8, 8]\n")
+    (folder / "empty.yaml").write_text("{}\n")
+    (folder / "r3.yaml").write_text("expansion_ratio: 3\n")
     torch.manual_seed(0)
     base, _ = build_grafted(load_plan(plan(folder, "base.yaml", grafts=[])))
     scramble(base)
@@ -75,8 +76,27 @@ def test_75_to_50_takes_attention_of_ungrafted_blocks_from_the_base(files):
     assert torch.equal(state["blocks.0.attn.qkv.weight"], ckpt["blocks.0.attn.qkv.weight"])
     assert torch.equal(state["blocks.3.mlp.fc1.weight"], ckpt["blocks.3.mlp.fc1.weight"])
     assert report.counts() == {"base": 4 * 19, "checkpoint": len(base) - 4 * 19}
-    assert ("blocks.3.attn.Wqkv.weight") in dict(report.dropped)
-    assert any("75.pt" in line for line in report.lines())
+    dropped = dict(report.dropped)
+    assert dropped["blocks.3.attn.Wqkv.weight"] == (
+        "the plan keeps the original where the checkpoint has swa"
+    )
+    assert dropped["blocks.1.attn.qkv.weight"] == "replaced by swa"
+    assert dropped["pos_embed"] == dropped["blocks.3.mlp.fc1.bias"] == "the checkpoint holds it"
+    assert len(report.dropped) == 4 * 19 + len(base) - 4 * 19
+    assert report.notes == ()
+
+
+def test_report_names_the_files_as_found(files, monkeypatch):
+    folder = files[0]
+    path = plan(folder, "50.yaml", [1, 2], base_ckpt_path="base.safetensors",
+                grafted_dit_ckpt_path="75.pt")  # fmt: skip
+    _, report = build_grafted(load_plan(path))
+    whole = {"base": folder / "base.safetensors", "checkpoint": folder / "75.pt"}
+    assert report.resolved == whole
+    assert report.files == {source: str(file) for source, file in whole.items()}
+    monkeypatch.chdir(folder.parent)
+    assert report.files["checkpoint"] == f"{folder.name}/75.pt"
+    assert f"76 tensors base ({folder.name}/base.safetensors)" in report.lines()
 
 
 def test_pairs_hold_both_operators(files):
@@ -109,6 +129,8 @@ def test_distilled_file_wins_over_the_checkpoint(files):
     model, report = build_grafted(load_plan(path))
     assert torch.equal(model.state_dict()["blocks.5.attn.Wqkv.bias"], new["Wqkv.bias"])
     assert report.counts()["graft_weights"] == 4
+    assert report.resolved["graft_weights[5].mha"] == folder / "block5.pt"
+    assert any(line.startswith("4 tensors graft_weights (") for line in report.lines())
 
 
 REFUSED = {
@@ -118,13 +140,38 @@ REFUSED = {
     ),
     "other blocks": (
         {"blocks": [0, 1], "grafted_dit_ckpt_path": "75.pt", "base_ckpt_path": "base.safetensors"},
-        "block 0 holds the original mha in its mha slot; .* wants 'swa'",
+        "block 0 holds the original mha in its mha slot; .* wants 'swa' there .*graft_init: fresh",
     ),
-    "no base": ({"grafted_dit_ckpt_path": "75.pt"}, "needs its original mha.*holds 'swa'.*base"),
+    "other operator, fresh": (
+        {"operator": "hyena_y", "config": "hyena.yaml", "grafted_dit_ckpt_path": "75.pt",
+         "graft_init": "fresh"},
+        "block 1 holds 'swa' in its mha slot; .* wants 'hyena_y' there$",
+    ),
+    "no base": (
+        {"grafted_dit_ckpt_path": "75.pt"},
+        "needs its original mha.*holds the graft 'swa'.*base",
+    ),
     "classes": (
         {"base_ckpt_path": "base.safetensors", "num_classes": 5},
-        r"embedding_table.weight has shape \[10, 128\]",
+        r"embedding_table.weight has shape \[10, 128\].* has 9 classes, the plan 5",
     ),
+    "resolution": (
+        {"base_ckpt_path": "base.safetensors", "image_size": 32},
+        r"pos_embed has shape \[1, 64, 128\].*another resolution",
+    ),
+    "depth": (
+        {"base_ckpt_path": "base.safetensors", "dit_model_name": "DiT-S/2", "image_size": 128},
+        "holds 28 blocks; DiT-S/2 .* has 12",
+    ),
+    "width": (
+        {"base_ckpt_path": "base.safetensors", "dit_model_name": "DiT-XL/2", "image_size": 256},
+        r"pos_embed has shape \[1, 64, 128\].*another hidden size",
+    ),
+    "grafted base": (
+        {"base_ckpt_path": "75.pt"},
+        r"75.pt: is a grafted model \(block 1 holds 'swa'\): put it in grafted_dit_ckpt_path",
+    ),
+    "distilled alone": ({"graft_weights": {1: "x.pt"}}, "graft_weights: .* name it in base_ckpt"),
     "inherit without base": ({"graft_init": "inherit"}, "needs base_ckpt_path"),
     "cannot inherit": (
         {"operator": "mamba2", "config": "mamba.yaml", "graft_init": "inherit",
@@ -149,7 +196,7 @@ def test_missing_file_says_where_it_was_looked_for(files):
         build_grafted(load_plan(path))
 
 
-@pytest.mark.parametrize("change", ["extra", "missing", "shape"])
+@pytest.mark.parametrize("change", ["extra", "missing", "shape", "extra in the replaced slot"])
 def test_damaged_base_is_refused(files, change):
     folder, base, _, _ = files
     state = {k: v.clone() for k, v in base.items()}
@@ -157,25 +204,140 @@ def test_damaged_base_is_refused(files, change):
         state["blocks.3.attn.q_norm.weight"] = torch.ones(3)
     elif change == "missing":
         del state["blocks.3.mlp.fc1.bias"]
-    else:
+    elif change == "shape":
         state["blocks.3.mlp.fc1.bias"] = torch.zeros(7)
+    else:
+        state["blocks.1.attn.q_norm.weight"] = torch.ones(3)
     save_file(state, folder / "damaged.safetensors")
     path = plan(folder, "dam.yaml", [1], base_ckpt_path="damaged.safetensors")
-    with pytest.raises(ValueError, match="damaged.safetensors.*blocks.3"):
+    with pytest.raises(ValueError, match="damaged.safetensors.*blocks.[13]"):
         build_grafted(load_plan(path))
 
 
-def test_torn_and_malicious_files_are_refused(files, tmp_path):
-    whole = (files[0] / "75.pt").read_bytes()
-    (tmp_path / "torn.pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="torn.pt"):
-        read_state(tmp_path / "torn.pt")
-    torch.save({"model": {"a": torch.zeros(1)}, "hook": pytest.Item}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match="evil.pt is refused"):
-        read_state(tmp_path / "evil.pt")
-    (tmp_path / "torn.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
-    with pytest.raises(ValueError, match="torn.safetensors"):
-        read_state(tmp_path / "torn.safetensors")
+@pytest.mark.parametrize("change", ["extra.weight", "blocks.3.gate.weight", "-pos_embed"])
+def test_damaged_checkpoint_is_refused(files, change):
+    folder, _, ckpt, blocks = files
+    state = dict(ckpt)
+    if change.startswith("-"):
+        del state[change[1:]]
+    else:
+        state[change] = torch.ones(3)
+    torch.save({"ema": state}, folder / "damaged.pt")
+    path = plan(folder, "dam.yaml", blocks, grafted_dit_ckpt_path="damaged.pt")
+    words = "is missing" if change.startswith("-") else "has no place"
+    with pytest.raises(ValueError, match=f"damaged.pt: tensor {change.strip('-')} {words}"):
+        build_grafted(load_plan(path))
+
+
+def test_original_of_the_checkpoint_is_grafted_when_the_plan_says_how_to_start(files):
+    folder, _, ckpt, blocks = files
+    common = {"grafted_dit_ckpt_path": "75.pt"}
+    path = plan(folder, "i.yaml", [0, *blocks], graft_init="inherit", **common)
+    model, report = build_grafted(load_plan(path))
+    new = model.state_dict()["blocks.0.attn.Wqkv.weight"]
+    assert torch.equal(new, ckpt["blocks.0.attn.qkv.weight"])
+    assert report.counts() == {"checkpoint": len(ckpt) - 4, "inherited": 4}
+    path = plan(folder, "f.yaml", [0, *blocks], graft_init="fresh", **common)
+    _, report = build_grafted(load_plan(path))
+    assert report.counts() == {"checkpoint": len(ckpt) - 4, "fresh": 4}
+    assert dict(report.dropped)["blocks.0.attn.qkv.weight"] == "replaced by swa"
+    swa = {"type": "mha", "name": "swa", "config_filepath": "swa.yaml", "graft_indexes": blocks}
+    mlp = {"type": "mlp", "name": "mlp", "config_filepath": "r3.yaml", "graft_indexes": [1, 4]}
+    path = plan(folder, "hybrid.yaml", grafts=[swa, mlp], graft_init="fresh", **common)
+    model, report = build_grafted(load_plan(path))
+    assert report.counts() == {"checkpoint": len(ckpt) - 8, "fresh": 8}
+    assert model.blocks[4].mlp.fc1.out_features == 384
+    path = plan(folder, "pair.yaml", [0, *blocks], base_ckpt_path="base.safetensors",
+                graft_init="inherit", **common)  # fmt: skip
+    state = build_grafted(load_plan(path), pairs=True)[0].state_dict()
+    for name in ("original.qkv.weight", "graft.Wqkv.weight"):
+        assert torch.equal(state[f"blocks.0.attn.{name}"], ckpt["blocks.0.attn.qkv.weight"])
+
+
+@pytest.fixture(scope="module", params=[("mha", "mha"), ("mlp", "mlp")], ids=["mha", "mlp"])
+def self_grafts(request, files):
+    """Self-grafts in blocks 1 and 2: file without a plan, file with it, settings of the plan."""
+    folder, (slot, operator) = files[0], request.param
+    entry = {"type": slot, "name": operator, "config_filepath": "empty.yaml"}
+    grafts = [{**entry, "graft_indexes": [1, 2]}]
+    made = load_plan(plan(folder, "self.yaml", grafts=grafts))
+    model, _ = build_grafted(made, weights=False)
+    scramble(model)
+    torch.save({"ema": model.state_dict()}, folder / "self.pt")
+    told = {"ema": model.state_dict(), "plan": made.architecture()}
+    torch.save(told, folder / "self_told.pt")
+    tensor = {"mha": "attn.{}qkv.weight", "mlp": "mlp.{}fc1.weight"}[slot]
+    return folder, entry, model.state_dict(), f"blocks.{{}}.{tensor}"
+
+
+@pytest.mark.parametrize("file", ["self.pt", "self_told.pt"])
+def test_pair_of_a_self_graft_has_its_original_from_the_base(files, self_grafts, file):
+    base = files[1]
+    folder, entry, ckpt, name = self_grafts
+    settings = {"grafts": [{**entry, "graft_indexes": [1, 2]}], "grafted_dit_ckpt_path": file}
+    path = plan(folder, "sp.yaml", base_ckpt_path="base.safetensors", **settings)
+    model, _ = build_grafted(load_plan(path), pairs=True)
+    state = model.state_dict()
+    assert torch.equal(state[name.format(1, "original.")], base[name.format(1, "")])
+    assert torch.equal(state[name.format(1, "graft.")], ckpt[name.format(1, "")])
+    path = plan(folder, "sp.yaml", **settings)
+    with pytest.raises(ValueError, match="block 1 needs its original .*base_ckpt_path"):
+        build_grafted(load_plan(path), pairs=True)
+
+
+def test_kept_block_of_a_self_graft_checkpoint(files, self_grafts):
+    base = files[1]
+    folder, entry, ckpt, name = self_grafts
+    grafts = [{**entry, "graft_indexes": [1]}]
+    settings = {"grafts": grafts, "base_ckpt_path": "base.safetensors"}
+    path = plan(folder, "k.yaml", grafted_dit_ckpt_path="self_told.pt", **settings)
+    model, report = build_grafted(load_plan(path))
+    state = model.state_dict()
+    assert torch.equal(state[name.format(2, "")], base[name.format(2, "")])
+    assert torch.equal(state[name.format(3, "")], ckpt[name.format(3, "")])
+    assert report.notes == ()
+    path = plan(folder, "k.yaml", grafted_dit_ckpt_path="self.pt", **settings)
+    model, report = build_grafted(load_plan(path))
+    assert torch.equal(model.state_dict()[name.format(2, "")], ckpt[name.format(2, "")])
+    (note,) = report.notes
+    assert "self.pt does not say" in note and "[0, 2, 3," in note
+    assert f"note: {note}" in report.lines()
+
+
+def test_told_self_graft_is_no_base_and_no_graft_where_it_is_the_original(self_grafts):
+    folder, entry, _, _ = self_grafts
+    path = plan(folder, "b.yaml", grafts=[], base_ckpt_path="self_told.pt")
+    with pytest.raises(ValueError, match=f"is a grafted model .block 1 holds '{entry['name']}'"):
+        build_grafted(load_plan(path))
+    grafts = [{**entry, "graft_indexes": [1, 2, 3]}]
+    settings = {"grafts": grafts, "grafted_dit_ckpt_path": "self_told.pt"}
+    with pytest.raises(ValueError, match="block 3 holds the original"):
+        build_grafted(load_plan(plan(folder, "g.yaml", **settings)))
+    path = plan(folder, "g.yaml", **settings, graft_init="fresh")
+    assert build_grafted(load_plan(path))[1].counts()["fresh"] == 4
+
+
+def test_checkpoint_with_another_configuration_is_refused(files):
+    folder, _, ckpt, blocks = files
+    stored = load_plan(plan(folder, "stored.yaml", blocks)).architecture()
+    torch.save({"ema": ckpt, "plan": stored}, folder / "told.pt")
+    path = plan(folder, "same.yaml", [1], base_ckpt_path="base.safetensors",
+                grafted_dit_ckpt_path="told.pt")  # fmt: skip
+    build_grafted(load_plan(path))
+    path = plan(folder, "wide_plan.yaml", blocks, config="wide.yaml",
+                grafted_dit_ckpt_path="told.pt")  # fmt: skip
+    message = r"block 1: swa is not that of .*window_size \[4, 4\] there, \[8, 8\] here"
+    with pytest.raises(ValueError, match=message):
+        build_grafted(load_plan(path))
+
+
+def test_inheriting_skips_a_bias_that_the_graft_does_not_have(files):
+    folder, base, _, _ = files
+    (folder / "nobias.yaml").write_text("qkv_proj_bias: false\n")
+    path = plan(folder, "nb.yaml", [1], config="nobias.yaml", graft_init="inherit",
+                base_ckpt_path="base.safetensors")  # fmt: skip
+    _, report = build_grafted(load_plan(path))
+    assert report.counts() == {"base": len(base) - 4, "inherited": 3}
 
 
 def test_trained_checkpoint_must_be_of_the_plan(files, tmp_path):
@@ -186,11 +348,24 @@ def test_trained_checkpoint_must_be_of_the_plan(files, tmp_path):
     model, _ = build_grafted(mine, weights=False)
     load_trained(model, mine, tmp_path / "c.pt")
     torch.testing.assert_close(model.state_dict(), ckpt)
-    with pytest.raises(ValueError, match="trained with another plan.*grafts"):
+    message = r"another plan than .*: mha/swa blocks \[1, .* 26, 27\] there, \[1, .* 26\] here$"
+    with pytest.raises(ValueError, match=message):
         load_trained(build_grafted(other, weights=False)[0], other, tmp_path / "c.pt")
     torch.save({"ema": ckpt}, tmp_path / "bare.pt")
     with pytest.raises(ValueError, match="blocks.27.attn"):
         load_trained(build_grafted(other, weights=False)[0], other, tmp_path / "bare.pt")
+
+
+def test_checkpoint_of_layer_selection_is_refused_by_name(files):
+    folder, _, ckpt, blocks = files
+    mine = load_plan(plan(folder, "mine.yaml", blocks, grafted_dit_ckpt_path="selection.pt"))
+    state = {f"dit.{n}": t for n, t in ckpt.items()} | {"gates.gumbel_gates.0": torch.zeros(1, 6)}
+    torch.save({"ema": state, "plan": mine.architecture()}, folder / "selection.pt")
+    message = "selection.pt: is a checkpoint of prune_by_learning.py: finetune its selected.yaml"
+    with pytest.raises(ValueError, match=message):
+        load_trained(build_grafted(mine, weights=False)[0], mine, folder / "selection.pt")
+    with pytest.raises(ValueError, match=message):
+        build_grafted(mine)
 
 
 def test_operators_are_recognised_by_their_tensors(files):

@@ -1,7 +1,9 @@
-"""latents/: codec, image folder, store and loader."""
+"""latents/: codec, image folder, store and loader; and the files that they are written as."""
 
 import json
+import os
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -11,9 +13,10 @@ from PIL import Image
 from diffusion import noise
 from latents import codec as codec_module
 from latents.codec import load_codec
-from latents.images import ImageFolder, center_crop, collate
+from latents.images import LabelledImages, center_crop, collate
 from latents.loader import LatentLoader, epoch_order
 from latents.store import StoreWriter, open_latents
+from models.files import remove_stale, write_json, write_whole
 from training.distributed import World
 
 N, SHARD = 11, 4
@@ -99,6 +102,23 @@ def edit_manifest(folder, change):
     path.write_text(json.dumps(manifest))
 
 
+# Files
+
+
+def test_partials_of_killed_processes_are_removed_once_they_are_old(tmp_path):
+    names = [".a.json.99.partial", ".b.json.99.partial", ".a.json.98.partial"]
+    for name in names:
+        (tmp_path / name).write_text("half")
+    for name in names[:2]:
+        os.utime(tmp_path / name, (0, time.time() - 4000))
+    write_whole(tmp_path / "a.json", lambda p: p.write_text("{}"), durable=False)
+    assert {p.name for p in tmp_path.iterdir()} == {"a.json", *names}
+    write_json(tmp_path / "a.json", {})
+    assert {p.name for p in tmp_path.iterdir()} == {"a.json", *names[1:]}
+    remove_stale(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"a.json", names[2]}
+
+
 # Store
 
 
@@ -171,6 +191,20 @@ def test_a_shard_of_unreadable_pictures_is_empty_and_listed(tmp_path):
     assert torch.equal(store.read(torch.arange(7))[4:], torch.from_numpy(arrays[8:]))
 
 
+def test_torn_records_are_repaired_or_named(tmp_path):
+    writer = write_shards(tmp_path, [0, 1, 2])
+    record = writer.shards / "00001.json"
+    for text in ('{"count": 4', "[]", "{}"):
+        record.write_text(text)
+        assert writer.missing(range(3)) == [1]
+    record.write_text('{"count": 4')
+    with pytest.raises(ValueError, match="00001.json is not whole JSON .* rerun extract_features"):
+        writer.finish()
+    (tmp_path / "settings.json").write_bytes(b"")
+    with pytest.raises(ValueError, match="settings.json is not whole JSON .*: delete it"):
+        StoreWriter(tmp_path, settings())
+
+
 def test_no_store_without_a_whole_manifest(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist: make it with python extract"):
         open_latents(tmp_path / "nowhere")
@@ -223,15 +257,14 @@ def test_damaged_shards_are_named(tmp_path):
 def test_what_a_model_needs_is_checked(tmp_path):
     make_store(tmp_path)
     assert open_latents(tmp_path, num_classes=1000).num_classes == 1000
-    with pytest.raises(ValueError, match="label 2 is outside the 2 classes .* at least 3"):
+    with pytest.raises(
+        ValueError, match="label 2 is .* the 2 classes .* num_classes to at least 3 in the"
+    ):
         open_latents(tmp_path, num_classes=2)
     store = open_latents(tmp_path)
     store.check_shape((4, 3, 2), "DiT")
-    store.check_scale(0.25, "VAE")
     with pytest.raises(ValueError, match=r"holds latents \[4, 3, 2\] .* DiT needs \[4, 8, 8\]"):
         store.check_shape((4, 8, 8), "DiT")
-    with pytest.raises(ValueError, match="scale 0.25, VAE mse has scale 0.18215"):
-        store.check_scale(0.18215, "VAE mse")
 
 
 def test_latents_are_draws_of_the_sample(tmp_path):
@@ -280,6 +313,32 @@ def test_old_layout_opens(tmp_path):
         assert torch.equal(store.read(index), torch.from_numpy(arrays[index]))
         assert store.latents(store.read(index), index, 0, 0).shape == (2, 4, 3, 2)
     store.verify()
+
+
+def test_old_labels_are_read_once_while_their_files_stay(tmp_path, monkeypatch):
+    make_old(tmp_path)
+    folder, cache = tmp_path / "imagenet256_labels", tmp_path / "imagenet256_labels.cache.npy"
+    label = folder / "6.npy"
+    assert open_latents(tmp_path).labels.tolist() == [0, 1, 2, 3, 4]
+    with monkeypatch.context() as patch:
+        patch.setattr("latents.store._OldFiles._labels_of", None)  # not called
+        assert open_latents(tmp_path / "imagenet256_features").labels.tolist() == [0, 1, 2, 3, 4]
+    np.save(label, np.array([9]))
+    os.utime(label, (0, time.time() + 5))
+    assert open_latents(tmp_path).labels.tolist() == [0, 1, 9, 3, 4]
+    cache.write_bytes(cache.read_bytes()[:100])
+    assert open_latents(tmp_path).labels.tolist() == [0, 1, 9, 3, 4]
+    for kind in ("features", "labels"):
+        (tmp_path / f"imagenet256_{kind}" / "0.npy").unlink()
+    assert open_latents(tmp_path).labels.tolist() == [1, 9, 3, 4]
+
+
+def test_old_labels_without_a_place_for_their_cache(tmp_path, caplog):
+    make_old(tmp_path)
+    (tmp_path / "imagenet256_labels.cache.npy").mkdir()  # so that no file can be put there
+    assert open_latents(tmp_path).labels.tolist() == [0, 1, 2, 3, 4]
+    (record,) = caplog.records
+    assert "imagenet256_labels.cache.npy cannot be written" in record.getMessage()
 
 
 def test_old_layout_errors_name_the_file(tmp_path):
@@ -404,7 +463,7 @@ def test_image_folder_agrees_with_torchvision(tmp_path):
         Image.new("L", (9, 7), 128).save(tmp_path / name)
     (tmp_path / "a" / "notes.txt").write_text("no picture")
     (tmp_path / "labels.csv").write_text("no folder")
-    ours, theirs = ImageFolder(tmp_path, 4), torchvision.datasets.ImageFolder(tmp_path)
+    ours, theirs = LabelledImages(tmp_path, 4), torchvision.datasets.ImageFolder(tmp_path)
     assert ours.class_names == theirs.classes
     assert [(str(tmp_path / p), int(k)) for p, k in zip(ours.paths, ours.labels, strict=True)] == (
         theirs.samples
@@ -422,7 +481,7 @@ def test_image_folder_reports_unreadable_files_as_data(tmp_path):
     whole = (tmp_path / "a" / "0.png").read_bytes()
     (tmp_path / "a" / "1.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "a" / "2.png").write_text("not an image")
-    folder = ImageFolder(tmp_path, 8)
+    folder = LabelledImages(tmp_path, 8)
     images, labels, places, errors = collate([folder[i] for i in range(3)])
     assert images.shape == (1, 3, 8, 8) and labels.tolist() == [0] and places.tolist() == [0]
     assert len(errors) == 2 and "a/1.png cannot be read" in errors[0] and "a/2.png" in errors[1]
@@ -431,12 +490,12 @@ def test_image_folder_reports_unreadable_files_as_data(tmp_path):
 
 def test_image_folder_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
-        ImageFolder(tmp_path / "nowhere", 8)
+        LabelledImages(tmp_path / "nowhere", 8)
     with pytest.raises(FileNotFoundError, match="holds no class folders"):
-        ImageFolder(tmp_path, 8)
+        LabelledImages(tmp_path, 8)
     (tmp_path / "a").mkdir()
     with pytest.raises(FileNotFoundError, match="no picture in them"):
-        ImageFolder(tmp_path, 8)
+        LabelledImages(tmp_path, 8)
 
 
 # Codec
@@ -505,3 +564,25 @@ def test_codec_names_what_is_missing(vae_folder, tmp_path, monkeypatch):
     (tmp_path / "shifted" / "config.json").write_text(json.dumps(shifted))
     with pytest.raises(ValueError, match="shift_factor 0.1"):
         load_codec(tmp_path / "shifted")
+
+
+def test_torn_or_mismatched_vaes_are_one_line(vae_folder, tmp_path):
+    weights = "diffusion_pytorch_model.safetensors"
+    config = json.loads((vae_folder / "config.json").read_text())
+    whole = (vae_folder / weights).read_bytes()
+    cases = [
+        ("config.json", b'{"in_channels": 3', "config.json is not whole JSON"),
+        (weights, whole[:5000], f"{weights} cannot be read"),
+        (weights, b"no weights", f"{weights} cannot be read"),
+        ("config.json", config | {"latent_channels": 8}, r"does not fit .*\(size mismatch for"),
+        ("config.json", config | {"layers_per_block": 2}, "does not fit .*only"),
+        ("config.json", config | {"block_out_channels": 3}, "does not fit"),
+    ]
+    for i, (name, content, message) in enumerate(cases):
+        folder = shutil.copytree(vae_folder, tmp_path / str(i))
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        (folder / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message) as caught:
+            load_codec(folder)
+        assert f"VAE {folder}" in str(caught.value) and "\n" not in str(caught.value)
+    assert load_codec(vae_folder, name="../vae").id == "../vae"

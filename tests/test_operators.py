@@ -375,23 +375,57 @@ def test_unknown_operator_and_missing_keys_are_refused():
 
 
 def test_complete_config_takes_widths_from_the_model():
+    hyena = {"d_model": 32, "l_max": 1_000_000}
     expected = {
-        "mha": {"dim": 32, "num_heads": 4},
-        "swa": {"embed_dim": 32, "num_heads": 4},
-        "hyena_se": {"d_model": 32, "l_max": 1_000_000},
-        "hyena_x": {"d_model": 32, "l_max": 1_000_000},
-        "hyena_y": {"d_model": 32, "l_max": 1_000_000},
-        "mamba2": {"d_model": 32},
-        "mlp": {"d_model": 32},
-        "mlp_hyena_x": {"d_model": 32, "l_max": 10},
+        "mha": {"dim": 32, "num_heads": 4, "qkv_bias": True},
+        "swa": {
+            "embed_dim": 32,
+            "num_heads": 4,
+            "window_size": [4, 4],
+            "qkv_proj_bias": True,
+            "out_proj_bias": True,
+            "dropout": 0.0,
+            "softmax_scale": None,
+        },
+        "hyena_se": {**hyena, "short_filter_order": 4},
+        "hyena_x": {**hyena, "short_filter_order": 4},
+        "hyena_y": {**hyena, "inner_filter_len": 4},
+        "mamba2": {
+            "d_model": 32,
+            "d_state": 16,
+            "d_conv": 4,
+            "expand": 2,
+            "headdim": 64,
+            "chunk_size": 32,
+            "ngroups": 1,
+            "rmsnorm": True,
+            "norm_before_gate": False,
+            "bias": False,
+            "conv_bias": True,
+            "D_has_hdim": False,
+            "dt_limit": [0.0, None],
+        },
+        "mlp": {"d_model": 32, "expansion_ratio": 4.0, "dropout": 0.0},
+        "mlp_hyena_x": {
+            "d_model": 32,
+            "l_max": 10,
+            "expansion_ratio": 2,
+            "short_filter_order": 4,
+        },
     }
     assert expected.keys() == OPERATORS.keys()
-    for name, widths in expected.items():
-        assert complete_config(name, {}, **MODEL) == widths
-        build_operator(name, **widths)
-    given = {"d_state": 16}
-    assert complete_config("mamba2", given, **MODEL) == {"d_state": 16, "d_model": 32}
-    assert given == {"d_state": 16}
+    for name, arguments in expected.items():
+        given = {"d_state": 16} if name == "mamba2" else {}
+        before = dict(given)
+        assert complete_config(name, given, **MODEL) == arguments
+        assert given == before
+        assert complete_config(name, arguments, **MODEL) == arguments
+        build_operator(name, **arguments)
+
+
+def test_complete_config_drops_what_has_no_effect():
+    given = {"fused_bias_fc": True, "order": 2, "num_blocks": 1, "inner_filter_len": 9}
+    assert complete_config("hyena_x", given, **MODEL) == complete_config("hyena_x", {}, **MODEL)
 
 
 @pytest.mark.parametrize(

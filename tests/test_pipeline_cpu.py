@@ -127,7 +127,7 @@ def test_samples_are_described_packed_and_scored(work, pair):
     assert packed.shape == (5, 64, 64, 3) and packed.dtype == np.uint8
     record = json.loads((folder / "samples.json").read_text())
     assert record["complete"] and record["settings"]["num_samples"] == 5
-    assert len(record["settings"]["checkpoint_sha256"]) == 64
+    assert len(record["settings"]["checkpoint_sha256"]["trained"]) == 64
     assert (work / "samples" / "two-grid.png").is_file()
     score = ["evaluate_fid.py", work / "images", folder, "--feature-net", "mini"]
     run(*score, processes=2)
@@ -177,6 +177,54 @@ def test_interrupted_run_ends_bit_for_bit_like_an_undisturbed_one(work, pair, st
         torch.testing.assert_close(whole[key], broken[key], rtol=0, atol=0)
 
 
+def test_repeated_and_small_sampling_runs_have_nothing_to_fail_on(work, pair):
+    record = work / "samples" / "two" / "samples.json"
+    draw_samples(work, "two", *pair, processes=2)
+    assert json.loads(record.read_text())["complete"]
+    draw_samples(work, "single", *pair, "--num-fid-samples", 1, processes=2)
+    assert len(list((work / "samples" / "single").glob("*.png"))) == 1
+
+
+def test_run_folders_are_not_mixed(work, pair):
+    error = finetune(work, "tuned", "--max-steps", 3, fails=True)
+    assert "holds a run already (0000002.pt)" in error and "--resume auto" in error
+    error = finetune(work, "tuned", "--max-steps", 2, "--resume", "auto", "--lr", 1, fails=True)
+    assert "had lr 0.0001, this one has 1.0" in error
+
+
+def test_merged_selection_is_a_start_for_finetuning(work, pair):
+    merged = work / "merged" / "model.pt"
+    select(work, "merged", "--max-steps", 1, "--save-model", merged)
+    finetune(work, "from-merged", "--config", merged.with_suffix(".yaml"), "--max-steps", 1)
+    log = (work / "runs/from-merged-DiT-Mini-2/log.txt").read_text()
+    assert "292 tensors checkpoint" in log and "tensors base" not in log
+
+
+def test_gates_alone_and_full_updates_train(work, pair):
+    """Without --lora all weights move, without --delta-w none does."""
+    common = ["prune_by_learning.py", "--config", "configs/mini/75p_swa.yaml", "--max-steps", 1]
+    common += ["--data-path", work / "latents", "--results-dir", work / "runs"]
+    common += ["--global-batch-size", 4, "--log-every", 1]
+    run(*common, "--prefix", "gates")
+    run(*common, "--prefix", "full", "--delta-w")
+    gates, full = states(work, "gates", 1)["model"], states(work, "full", 1)["model"]
+    moved = [n for n in gates if not torch.equal(gates[n], full[n])]
+    assert any("graft" in n for n in moved) and any("mlp.fc1" in n for n in moved)
+    assert "dit.pos_embed" not in moved
+
+
+def test_rank_one_is_heard(work):
+    """A picture that only the second process reads is named."""
+    folder = work / "odd"
+    folder.mkdir()
+    pictures = sorted((work / "images").rglob("*.png"))[:4]
+    for i, picture in enumerate(pictures):
+        shutil.copy(picture, folder / f"{i}.png")
+    (folder / "1.png").write_bytes(b"no picture")
+    command = ["evaluate_fid.py", work / "images", folder, "--feature-net", "mini"]
+    assert "1.png" in run(*command, processes=2, fails=True)
+
+
 def test_two_processes_train_like_one(work, pair):
     finetune(work, "alone", "--max-steps", 2)
     lines = [
@@ -201,7 +249,8 @@ def test_trained_grafts_score_far_better_than_fresh_ones(work):
         content["sample_config"]["graft_init"] = init
         path = work / f"{init}.yaml"
         path.write_text(yaml.safe_dump(content))
-        settings = ["--num-fid-samples", 32, "--labels", "balanced", "--cfg-scale", 1.0]
+        settings = ["--num-fid-samples", 32, "--labels", "balanced", "--cfg-scale", 1.5]
+        settings += ["--allow-untrained"]
         draw_samples(work, init, "--config", path, "--num-sampling-steps", 8, *settings)
         folder = work / "samples" / init
         run("evaluate_fid.py", work / "all/train", folder, "--feature-net", "mini",
@@ -220,9 +269,18 @@ BAD = {
     "pins": (select, ["--pin", 1, 2], "keeps 2 of 4 blocks but 3 of them are pinned"),
     "lora": (select, ["--resume", "gone.pt"], "--resume gone.pt: no such checkpoint"),
     "base": (select, ["--load-weight", "gone.pt"], "gone.pt"),
-    "precision": (select, ["--precision", "fp16"], "--precision fp16: use one of"),
+    "precision": (select, ["--precision", "fp16"], "argument --precision: invalid choice"),
+    "steps": (finetune, ["--max-steps", 0], "--max-steps: '0' is not a whole number of at least 1"),
+    "rate": (finetune, ["--lr", "nan"], "--lr: 'nan' is not a number above 0"),
+    "seed": (select, ["--global-seed", -1], "--global-seed: '-1' is not a whole number from 0"),
+    "device": (finetune, ["--device", "gpu"], "--device gpu: use cpu, cuda"),
+    "slots": (select, ["--config", "configs/mini/no_graft.yaml"], "has no grafts"),
+    "other run": (finetune, ["--resume", "SELECTION"], "is of prune_by_learning.py, not of"),
+    "folder": (finetune, ["--results-dir", "README.md"], "README.md"),
+    "untrained": (draw_samples, ["--config", "configs/mini/no_graft.yaml"], "have no weights"),
+    "many steps": (draw_samples, ["--num-sampling-steps", 2000], "--num-sampling-steps 2000"),
     "vae": (draw_samples, ["--vae", "ema"], "sd-vae-ft-ema"),
-    "guidance": (draw_samples, ["--cfg-scale", 0.5], "--cfg-scale 0.5"),
+    "guidance": (draw_samples, ["--cfg-scale", 0.5], "--cfg-scale: '0.5' is not a number of at"),
     "checkpoint": (draw_samples, ["--graft-fusion-ckpt-path", "VAE"], "tensor pos_embed"),
 }
 
@@ -237,7 +295,11 @@ def test_bad_input_is_one_clear_error_before_any_work(work, pair, case):
             "config_filepath: swa.yaml", f"config_filepath: {REPOSITORY}/configs/mini/swa.yaml"
         )
     )
-    names = {"SMALL": small, "VAE": MINI / "vae" / "diffusion_pytorch_model.safetensors"}
+    names = {
+        "SMALL": small,
+        "VAE": MINI / "vae" / "diffusion_pytorch_model.safetensors",
+        "SELECTION": work / "runs/pair-DiT-Mini-2/checkpoints/0000002.pt",
+    }
     flags = [names.get(flag, flag) for flag in flags]
     more = ["--config", "configs/mini/75p_swa.yaml"] if stage is draw_samples else []
     processes = 2 if case == "batch" else 0

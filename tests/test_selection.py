@@ -7,7 +7,7 @@ import torch
 
 from models.dit import DiT
 from models.operators import build_operator
-from models.selection import GraftPair, LayerGates
+from models.selection import GatedDiT, GraftPair, LayerGates, settle
 
 TOLERANCE = {"selection": 5e-6, "selection_strong": 5e-5}
 
@@ -142,16 +142,22 @@ def test_gradient_is_that_of_the_soft_choice():
     assert logits.grad.abs().max() > 0
 
 
-def test_gradients_reach_logits_and_both_branches():
+def paired_model():
+    """4 blocks with random weights; all but the first hold a pair."""
     torch.manual_seed(0)
     model = DiT(input_size=8, hidden_size=32, depth=4, num_heads=4, num_classes=5)
+    for i in (1, 2, 3):
+        graft = build_operator("hyena_y", d_model=32)
+        model.blocks[i].attn = GraftPair(model.blocks[i].attn, graft)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name != "pos_embed":
                 parameter.normal_(std=0.1)
-    for i in (1, 2, 3):
-        graft = build_operator("hyena_y", d_model=32)
-        model.blocks[i].attn = GraftPair(model.blocks[i].attn, graft)
+    return model
+
+
+def test_gradients_reach_logits_and_both_branches():
+    model = paired_model()
     gates = LayerGates(4, "2:4", pinned=[0])
     keep = gates.draw(1.0, 10, batch_size=8)
     out = model(torch.randn(8, 4, 8, 8), torch.arange(8) * 100, torch.arange(8) % 5, keep=keep)
@@ -160,6 +166,39 @@ def test_gradients_reach_logits_and_both_branches():
     for i in (1, 2, 3):
         assert model.blocks[i].attn.original.qkv.weight.grad.abs().max() > 0
         assert model.blocks[i].attn.graft.in_proj.weight.grad.abs().max() > 0
+
+
+def test_gated_model_draws_in_training_and_decides_in_eval():
+    gated = GatedDiT(paired_model(), LayerGates(4, "2:4", pinned=[0]))
+    gates, dit = gated.gates, gated.dit
+    with torch.no_grad():
+        gates.gumbel_gates[0][0, 2] += 0.01  # most likely: keep 0 and 3
+    x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([1, 500, 999]), torch.tensor([0, 1, 4])
+    options = {"tau": 1.0, "scaling": 1.0, "drop": torch.tensor([True, False, False])}
+    uniform = torch.tensor([[0.9, 0.5, 0.5], [0.5, 0.9, 0.5], [0.5, 0.5, 0.9]])
+    drawn = torch.tensor([[1.0, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1]])
+    decided = torch.tensor([1.0, 0, 0, 1])
+    gated.train()
+    out = gated(x, t, y, uniform=uniform, **options)
+    assert torch.equal(out, dit(x, t, y, keep=drawn, drop=options["drop"]))
+    with pytest.raises(ValueError, match="pass uniform, tau and scaling"):
+        gated(x, t, y)
+    gated.eval()
+    expected = dit(x, t, y, keep=decided)
+    assert torch.equal(gated(x, t, y), expected)
+    assert torch.equal(gated(x, t, y, uniform=uniform, tau=1.0, scaling=1.0), expected)
+    assert not torch.allclose(expected[:2], dit(x, t, y, keep=drawn)[:2])
+
+
+def test_settling_leaves_the_chosen_operators():
+    model = paired_model().eval()
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([1, 500]), torch.tensor([0, 4])
+    expected = model(*inputs, keep=torch.tensor([1.0, 0, 1, 0]))
+    pairs = [block.attn for block in model.blocks]
+    settle(model, [0, 2])
+    chosen = [block.attn for block in model.blocks]
+    assert chosen == [pairs[0], pairs[1].graft, pairs[2].original, pairs[3].graft]
+    torch.testing.assert_close(model(*inputs), expected)
 
 
 def test_pair_mixes_and_needs_a_choice():

@@ -1,18 +1,23 @@
 """Averages, checkpoints, schedules, the guarded step, LoRA and logs."""
 
+import argparse
 import json
 import math
+import re
+from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
 
 from diffusion import noise
-from training import checkpoint, distributed
+from models.plan import GraftPlan
+from training import arguments, checkpoint, distributed
 from training.draws import draw
 from training.ema import Ema
 from training.lora import add_lora, merge_lora
 from training.optimizer import StepGuard, adamw, schedule
-from training.runlog import RunLog
+from training.runlog import RunLog, cut_records
 
 CPU = distributed.World(0, 0, 1, torch.device("cpu"))
 
@@ -36,22 +41,30 @@ def test_ema_is_the_written_recurrence_and_skips_frozen_tensors():
 
 
 def state(value: float) -> dict:
-    entries = dict.fromkeys(set(checkpoint.KEYS) - {"format"}, {})
+    entries = dict.fromkeys(checkpoint.KEYS, {})
     return {**entries, "model": {"w": torch.full((2,), value)}, "train_steps": int(value)}
 
 
 def test_checkpoints_are_whole_or_passed_over(tmp_path, caplog):
+    folder = tmp_path / "checkpoints"
     for step in (1, 2):
-        checkpoint.save(tmp_path / f"000000{step}.pt", state(step))
-    assert (tmp_path / "latest").read_text() == "0000002.pt\n"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["0000001.pt", "0000002.pt", "latest"]
-    assert checkpoint.find("auto", tmp_path)["train_steps"] == 2
-    whole = (tmp_path / "0000002.pt").read_bytes()
-    (tmp_path / "0000002.pt").write_bytes(whole[: len(whole) // 2])
-    assert checkpoint.find("auto", tmp_path)["train_steps"] == 1
+        checkpoint.save(folder / f"000000{step}.pt", state(step))
+    assert (folder / "latest").read_text() == "0000002.pt\n"
+    assert sorted(p.name for p in folder.iterdir()) == ["0000001.pt", "0000002.pt", "latest"]
+    assert checkpoint.find(CPU, "auto", tmp_path)["train_steps"] == 2
+    whole = (folder / "0000002.pt").read_bytes()
+    (folder / "0000002.pt").write_bytes(whole[: len(whole) // 2])
+    assert checkpoint.find(CPU, "auto", tmp_path)["train_steps"] == 1
     assert "0000002.pt cannot be read" in caplog.text
-    assert checkpoint.find(None, tmp_path) is None
-    assert checkpoint.find("auto", tmp_path / "empty") is None
+    assert checkpoint.find(CPU, "auto", tmp_path / "empty") is None
+    assert "starting afresh" in caplog.text
+
+
+def test_fresh_start_into_a_used_folder_is_refused(tmp_path):
+    assert checkpoint.find(CPU, None, tmp_path) is None
+    checkpoint.save(tmp_path / "checkpoints" / "0000001.pt", state(1))
+    with pytest.raises(ValueError, match="holds a run already .0000001.pt.*--resume auto"):
+        checkpoint.find(CPU, None, tmp_path)
 
 
 def test_bad_checkpoints_are_named(tmp_path):
@@ -63,8 +76,66 @@ def test_bad_checkpoints_are_named(tmp_path):
     torch.save({**state(1), "format": 99}, tmp_path / "newer.pt")
     with pytest.raises(ValueError, match="newer.pt has format 99"):
         checkpoint.load(tmp_path / "newer.pt")
+    with pytest.raises(ValueError, match="--load-weight"):
+        (tmp_path / "x.safetensors").write_bytes(b"")
+        checkpoint.load(tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="entries"):
         checkpoint.save(tmp_path / "x.pt", {"model": {}})
+
+
+def test_checkpoint_of_another_run_is_refused():
+    plan = GraftPlan(Path("p.yaml"), "DiT-Mini/2", 64, 9)
+    args = Namespace(lr=1e-4)
+    held = {
+        "entry": checkpoint.entry_name(),
+        "plan": plan.architecture(),
+        "position": {"images": 9},
+        "args": {"lr": 1e-4},
+        "train_steps": 7,
+    }
+    assert checkpoint.check(held, plan, args, {"images": 9}, ("lr",)) == 7
+    for change, message in (
+        ({"entry": "other.py"}, "is of other.py, not of"),
+        ({"plan": GraftPlan(Path("p"), "DiT-Mini/2", 64, 5).architecture()}, "num_classes"),
+        ({"position": {"images": 8}}, "images 8, this one has 9"),
+        ({"args": {"lr": 1.0}}, "lr 1.0, this one has 0.0001"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            checkpoint.check({**held, **change}, plan, args, {"images": 9}, ("lr",))
+
+
+def test_records_are_cut_to_the_resumed_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4')
+    cut_records(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_command_line_values():
+    for kind, good, bad in (
+        (arguments.positive, "3", ("0", "-1", "1.5", "x")),
+        (arguments.seed, "0", ("-1", str(2**32))),
+        (arguments.rate, "1e-4", ("0", "nan", "inf", "-1")),
+        (arguments.share, "0.1", ("1.1", "-0.1", "nan")),
+        (arguments.decay, "0.9", ("1", "-1")),
+    ):
+        assert kind(good) == pytest.approx(float(good))
+        for text in bad:
+            with pytest.raises(argparse.ArgumentTypeError, match=re.escape(repr(text))):
+                kind(text)
+
+
+def test_bad_input_is_told_from_bugs(capsys):
+    def bad(args):
+        raise ValueError("--flag 3: use 4")
+
+    with pytest.raises(SystemExit) as end:
+        distributed.run(bad, None)
+    assert end.value.code == 2 and capsys.readouterr().err == "error: --flag 3: use 4\n"
+    with pytest.raises(ValueError):  # raised by a library: a bug of ours, whose trace is wanted
+        distributed.run(lambda args: torch.tensor([[1], [2, 3]]), None)
+    with pytest.raises(SystemExit):
+        distributed.run(lambda args: Path("/proc/version/x").read_text(), None)
 
 
 def test_failed_write_leaves_the_old_file(tmp_path):

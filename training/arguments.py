@@ -3,17 +3,28 @@
 import argparse
 import math
 from collections.abc import Callable
+from typing import NoReturn
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
     """A parser whose --help shows the entry's docstring and every default that says something."""
-    return argparse.ArgumentParser(description=doc, formatter_class=_Help, allow_abbrev=False)
+    return _Parser(description=doc, formatter_class=_Help, allow_abbrev=False)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
-        silent = action.default in (None, False, [], argparse.SUPPRESS)
-        if silent or not action.option_strings or "%(default)" in action.help:
+        silent = (None, False, argparse.SUPPRESS)
+        if (
+            any(action.default is value for value in silent)
+            or action.default == []
+            or not action.option_strings
+            or "%(default)" in action.help
+        ):
             return action.help
         return f"{action.help} (default: %(default)s)"
 
@@ -39,3 +50,42 @@ weight = _number(float, lambda x: x >= 0, "a number of at least 0")
 share = _number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 decay = _number(float, lambda x: 0 <= x < 1, "a number of at least 0 and below 1")
 guidance = _number(float, lambda x: x >= 1, "a number of at least 1")
+
+
+def add_run(parser: argparse.ArgumentParser, prefix: str) -> None:
+    """The flags of a training run's extent and record."""
+    add = parser.add_argument_group("run").add_argument
+    add("--results-dir", default="outputs", help="run folders are made here")
+    add("--prefix", default=prefix, help="the run folder is <prefix>-<model>")
+    add("--resume", help="checkpoint to continue, or auto for the run's newest whole one")
+    add("--epochs", type=positive, default=1400, help="passes over the data")
+    add("--max-steps", type=positive, help="end earlier, after so many steps")
+    add("--global-batch-size", type=positive, default=256, help="images a step, in all")
+    add("--global-seed", type=seed, default=0, help="all random numbers follow from it")
+    add("--log-every", type=positive, default=100, help="steps between log lines")
+    add("--ckpt-every", type=positive, default=10_000, help="steps between checkpoints")
+
+
+def add_optimisation(parser: argparse.ArgumentParser, ema_decay: float) -> Callable:
+    """The flags of every training loss and optimiser; returns the group's add_argument."""
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--lr", type=rate, default=1e-4, help="learning rate of the weights (AdamW), at its peak")
+    add("--clip-grad", type=rate, default=1.0, help="largest gradient norm")
+    add("--class-dropout", type=share, default=0.1, help="share of labels left out")
+    add("--ema-decay", type=decay, default=ema_decay, help="of the averaged weights")
+    return add
+
+
+def add_machine(parser: argparse.ArgumentParser) -> Callable:
+    """The flags of where and how it runs; returns the group's add_argument."""
+    add = parser.add_argument_group("machine").add_argument
+    add("--precision", choices=("bf16", "fp32"), help="autocast (unset: bf16 on CUDA, else fp32)")
+    add("--device", help="cuda, cuda:1 or cpu (unset: CUDA where there is any)")
+    add("--num-workers", type=positive, default=4, help="reader or writer threads a process")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="torch.compile; CUDA only",
+    )
+    return add

@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import sys
 import zipfile
 from argparse import Namespace
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 import torch
 
 from models.files import write_whole
-from models.plan import GraftPlan
+from models.plan import GraftPlan, differences
+from training import distributed
 from training.distributed import World, barrier, gather_objects
 
 FORMAT = 1
-KEYS = ("model", "ema", "opt", "sched", "train_steps", "plan", "rng", "position", "args", "format")
+KEYS = ("model", "ema", "opt", "sched", "train_steps", "plan", "rng", "position", "args", "entry")
 log = logging.getLogger(__name__)
 
 
@@ -22,17 +24,17 @@ def save(path: str | Path, state: dict) -> None:
 
     Args:
         path: `<run>/checkpoints/0040000.pt`; a text file `latest` beside it then names it.
-        state: the entries of `KEYS` except `format`; tensors and plain Python data only.
+        state: at least the entries of `KEYS`; tensors and plain Python data only.
     """
     path = Path(path)
-    if set(state) != set(KEYS) - {"format"}:
-        raise ValueError(f"checkpoint {path}: entries {sorted(state)} are not {sorted(KEYS)}")
+    if not set(KEYS) <= set(state):
+        raise ValueError(f"checkpoint {path}: entries {sorted(state)} lack some of {sorted(KEYS)}")
     write_whole(path, lambda partial: torch.save({**state, "format": FORMAT}, partial))
     write_whole(path.with_name("latest"), lambda p: p.write_text(path.name + "\n"))
 
 
 def load(path: str | Path) -> dict:
-    """Opens a training checkpoint of this repository on the CPU.
+    """Opens a training checkpoint of this repository; its tensors are mapped, not read.
 
     Raises:
         FileNotFoundError: no such file.
@@ -41,16 +43,18 @@ def load(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"--resume {path}: no such checkpoint")
+    if path.suffix == ".safetensors":
+        raise ValueError(f"--resume {path}: weights only; start from them with --load-weight")
     if not zipfile.is_zipfile(path):
         raise ValueError(f"checkpoint {path} cannot be read: torn, or no checkpoint")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
         raise ValueError(f"checkpoint {path} cannot be read (torn or foreign): {error}") from error
-    if not isinstance(state, dict) or not set(KEYS) <= set(state):
+    if not isinstance(state, dict) or not {*KEYS, "format"} <= set(state):
         raise ValueError(
-            f"checkpoint {path} lacks {sorted(set(KEYS) - set(state))}: it holds weights only; "
-            "start from it with --load-weight or in the YAML instead of --resume"
+            f"checkpoint {path} lacks {sorted({*KEYS, 'format'} - set(state))}: if it holds "
+            "weights only, start from them with --load-weight or in the YAML"
         )
     if state["format"] > FORMAT:
         raise ValueError(
@@ -59,55 +63,75 @@ def load(path: str | Path) -> dict:
     return state
 
 
-def find(resume: str | None, folder: str | Path) -> dict | None:
-    """The state to go on from: None for a fresh start.
+def find(world: World, resume: str | None, folder: Path) -> dict | None:
+    """The state to go on from: None for a fresh start. Every process gets the same.
 
     Args:
-        resume: None, a file, or "auto" for the newest whole checkpoint of `folder` (none: fresh).
-        folder: the run's `checkpoints` folder.
-    """
-    if resume is None:
-        return None
-    if resume != "auto":
-        return load(resume)
-    for path in sorted(Path(folder).glob("[0-9]*.pt"), reverse=True):
-        try:
-            return load(path)
-        except ValueError as error:
-            log.warning("%s; trying the one before", error)
-    return None
-
-
-def check(state: dict, plan: GraftPlan, images: int, args: Namespace) -> int:
-    """The step to go on from, once the checkpoint is seen to belong to this run.
+        resume: None, a file, or "auto" for the newest whole checkpoint of the run (none: fresh).
+        folder: the run folder.
 
     Raises:
-        ValueError: another architecture, batch size, seed or data set than the run's; going on
-            would repeat or skip samples.
+        ValueError: a fresh start into a folder that holds a run, or an unreadable file.
     """
-    ours, theirs = plan.architecture(), state["plan"]
-    if theirs != ours:
-        keys = [k for k in ours if ours[k] != theirs.get(k)]
+
+    def choose() -> str | None:
+        held = sorted((folder / "checkpoints").glob("[0-9]*.pt"), reverse=True)
+        if resume is None:
+            if held:
+                raise ValueError(
+                    f"{folder} holds a run already ({held[0].name}): continue it with --resume "
+                    "auto, or choose another --prefix"
+                )
+            return None
+        if resume != "auto":
+            load(resume)
+            return resume
+        for path in held:
+            try:
+                load(path)
+                return str(path)
+            except ValueError as error:
+                log.warning("%s; trying the one before", error)
+        log.warning("--resume auto: no checkpoint in %s; starting afresh", folder)
+        return None
+
+    path = distributed.decide(world, choose)
+    return None if path is None else load(path)
+
+
+def check(
+    state: dict, plan: GraftPlan, args: Namespace, order: dict, fixed: tuple[str, ...]
+) -> int:
+    """The step to go on from, once the checkpoint is seen to belong to this run.
+
+    Args:
+        order: what the order of the samples and the schedules depend on; see `RunState`.
+        fixed: names of flags that must be as they were.
+
+    Raises:
+        ValueError: another entry, architecture, data order or flag than the run's; going on would
+            mix two runs.
+    """
+    if state["entry"] != entry_name():
+        raise ValueError(f"--resume: the checkpoint is of {state['entry']}, not of {entry_name()}")
+    if different := differences(plan.architecture(), state["plan"]):
         raise ValueError(
-            f"--resume: the checkpoint is of another model than {plan.path}: "
-            + "; ".join(f"{k} {theirs.get(k)!r} there, {ours[k]!r} here" for k in keys)
+            f"--resume: the checkpoint is of another model than {plan.path}: {different}"
         )
-    for key, value in _order(images, args).items():
-        if state["position"][key] != value:
-            raise ValueError(
-                f"--resume: the checkpoint was made with {key} {state['position'][key]}, this run "
-                f"has {value}; the data order would not continue"
-            )
+    flags = {name: getattr(args, name) for name in fixed}
+    for there, here in ((state["position"], order), (state["args"], flags)):
+        for key, value in here.items():
+            if there.get(key) != value:
+                raise ValueError(
+                    f"--resume: the checkpoint's run had {key} {there.get(key)}, this one has "
+                    f"{value}; continue with the old value or start anew under another --prefix"
+                )
     return state["train_steps"]
 
 
-def _order(images: int, args: Namespace) -> dict:
-    """What the order of the samples depends on."""
-    return {
-        "images": images,
-        "global_batch_size": args.global_batch_size,
-        "global_seed": args.global_seed,
-    }
+def entry_name() -> str:
+    """The script that runs, for example finetune_tinyfusion.py."""
+    return Path(sys.argv[0]).name
 
 
 class RunState:
@@ -118,8 +142,9 @@ class RunState:
         world: this process's place; rank 0 writes.
         plan: what the model is.
         args: the entry's flags.
-        steps_per_epoch: of the loader, and `images` the number of samples it goes through.
-        parts: "model", "ema", "opt" and "sched", each with state_dict and load_state_dict.
+        steps_per_epoch: of the loader.
+        order: what the order of the samples and the schedules depend on, as plain data.
+        parts: "model", "ema", "opt", "sched" and others with state_dict and load_state_dict.
     """
 
     def __init__(
@@ -130,16 +155,20 @@ class RunState:
         args: Namespace,
         *,
         steps_per_epoch: int,
-        images: int,
+        order: dict,
         **parts,
     ) -> None:
         self.folder = folder / "checkpoints"
         self.world, self.plan, self.args = world, plan, args
-        self.steps_per_epoch, self.images = steps_per_epoch, images
+        self.steps_per_epoch, self.order = steps_per_epoch, order
         self.parts = parts
 
     def restore(self, state: dict) -> None:
-        """Puts everything back to what `save` wrote."""
+        """Puts everything back to what `save` wrote.
+
+        The random generators only on the same number of processes; training does not draw from
+        them (its randomness is a function of seed, epoch and sample).
+        """
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         if len(state["rng"]) == self.world.size:
@@ -159,10 +188,11 @@ class RunState:
             position = {
                 "epoch": step // self.steps_per_epoch,
                 "step_in_epoch": step % self.steps_per_epoch,
-                **_order(self.images, self.args),
+                **self.order,
             }
             state = {
                 **{name: part.state_dict() for name, part in self.parts.items()},
+                "entry": entry_name(),
                 "train_steps": step,
                 "plan": self.plan.architecture(),
                 "rng": rng,

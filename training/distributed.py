@@ -2,18 +2,21 @@
 
 import os
 import sys
+import time
 import traceback
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ def start(device: str | None = None, timeout_minutes: float = 30.0) -> World:
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device {kind}: use cpu, cuda, or cuda:1 and the like")
     target = torch.device(kind)
     if target.type == "cuda":
         if not torch.cuda.is_available():
@@ -110,30 +115,55 @@ def wrap(world: World, module: torch.nn.Module) -> torch.nn.Module:
     if world.size == 1:
         return module
     ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+    return DistributedDataParallel(
+        module, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+    )
 
 
-def from_main(world: World, value: object) -> object:
-    """Rank 0's `value` (plain Python data) on every process."""
+def decide(world: World, choose: Callable[[], T]) -> T:
+    """Rank 0's `choose()`, plain data, on every process; an error of bad input is raised on all."""
     if world.size == 1:
-        return value
-    box = [value]
+        return choose()
+    box: list = [None, None]
+    if world.main:
+        try:
+            box[0] = choose()
+        except (ValueError, FileNotFoundError) as error:
+            box[1] = error
     dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
     return box[0]
 
 
 def run(main: Callable[[Namespace], None], args: Namespace) -> None:
     """Calls an entry's `main`; bad input ends it with one line and exit code 2.
 
-    Bad input is a ValueError or FileNotFoundError that this repository's own code raised; anything
-    else keeps its traceback.
+    Bad input is a ValueError or FileNotFoundError that this repository raises by name, or a path
+    that cannot be written; anything else keeps its traceback. Rank 0 speaks at once; the others
+    wait a moment, in which torchrun ends them when they only follow rank 0.
     """
+    rank = int(os.environ.get("RANK", "0"))
     try:
         main(args)
-    except (ValueError, FileNotFoundError) as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if REPOSITORY not in raised_in.resolve().parents or "site-packages" in raised_in.parts:
+    except KeyboardInterrupt:
+        if rank == 0:
+            print("interrupted; the same command (training: with --resume auto) goes on")
+        sys.exit(130)
+    except Exception as error:
+        if rank > 0:
+            time.sleep(3)
+        if not _is_bad_input(error):
             raise
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        who = "error" if rank == 0 else f"error (rank {rank})"
+        print(f"{who}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _is_bad_input(error: Exception) -> bool:
+    if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)):
+        return True
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    ours = REPOSITORY in Path(frame.filename).resolve().parents
+    named = (frame.line or "").startswith("raise") and "site-packages" not in frame.filename
+    return isinstance(error, (ValueError, FileNotFoundError)) and ours and named

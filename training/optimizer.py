@@ -5,6 +5,8 @@ from collections.abc import Iterable
 
 import torch
 
+SCHEDULES = ("constant", "cosine")
+
 
 def adamw(groups: list[dict], weight_decay: float) -> torch.optim.AdamW:
     """Fused AdamW (CPU and CUDA) over parameter groups that each carry their own `lr`."""
@@ -24,8 +26,8 @@ def schedule(
     Linear from 0 over `warmup_steps`, then "constant", or "cosine" down to `end_factor` at
     `total_steps`.
     """
-    if kind not in ("constant", "cosine"):
-        raise ValueError(f"--lr-schedule {kind}: use constant or cosine")
+    if kind not in SCHEDULES:
+        raise ValueError(f"--lr-schedule {kind}: use {' or '.join(SCHEDULES)}")
 
     def factor(step: int) -> float:
         if step < warmup_steps:
@@ -70,6 +72,15 @@ class StepGuard:
         self.skipped += bad
         self._in_a_row.add_(bad).mul_(bad)
         return norm
+
+    def state_dict(self) -> dict:
+        """The counts, for a checkpoint."""
+        return {"skipped": self.skipped, "in_a_row": self._in_a_row}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes the counts back."""
+        self.skipped.copy_(state["skipped"])
+        self._in_a_row.copy_(state["in_a_row"])
 
     def check(self, step: int) -> int:
         """Number of skipped steps so far (waits for the device); raises after too many in a row."""

@@ -6,12 +6,26 @@ import sys
 import time
 from pathlib import Path
 
+from evaluation.writers import environment
+from models.files import write_whole
 from training.distributed import World
 
 
 def watched(world: World) -> bool:
     """Whether this process should draw progress bars: rank 0 with a terminal on stderr."""
     return world.main and sys.stderr.isatty()
+
+
+def cut_records(path: Path, step: int) -> None:
+    """Drops the lines of a .jsonl file that lie beyond `step`, and a last one that was torn."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        whole = line.endswith("}\n")
+        if whole and json.loads(line)["step"] <= step:
+            kept.append(line)
+    write_whole(path, lambda partial: partial.write_text("".join(kept), encoding="utf-8"))
 
 
 class RunLog:
@@ -22,10 +36,16 @@ class RunLog:
         world: this process's place.
         settings: flags and derived values of the run, stored at the head of log.txt.
         tensorboard: also write event files (needs the `tensorboard` package).
+        start_step: finished steps of a resumed run; later lines of its records are cut off.
     """
 
     def __init__(
-        self, folder: str | Path, world: World, settings: dict, tensorboard: bool = True
+        self,
+        folder: str | Path,
+        world: World,
+        settings: dict,
+        tensorboard: bool = True,
+        start_step: int = 0,
     ) -> None:
         self.folder = Path(folder)
         self.active = world.main
@@ -44,11 +64,13 @@ class RunLog:
         ):
             handler.setFormatter(form)
             self._logger.addHandler(handler)
+        cut_records(self.folder / "metrics.jsonl", start_step)
         self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self.folder / "tensorboard"))
+            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step + 1)
+        self.info(f"{Path(sys.argv[0]).name} {json.dumps(environment())}")
         self.info("settings " + json.dumps(settings, sort_keys=True, default=str))
 
     def info(self, message: str) -> None:

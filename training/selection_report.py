@@ -2,12 +2,20 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from models.plan import GraftPlan
-from models.selection import LayerGates
+from evaluation.writers import environment
+from models.dit import DiT
+from models.files import file_sha256, write_json, write_whole
+from models.grafting import LoadReport
+from models.plan import GraftPlan, write_plan
+from models.selection import LayerGates, settle
+from training.lora import merge_lora
+
+TRAJECTORY = "trajectory.jsonl"
 
 
 def decision(gates: LayerGates, plan: GraftPlan, scaling: float) -> dict:
@@ -39,7 +47,72 @@ def decision(gates: LayerGates, plan: GraftPlan, scaling: float) -> dict:
             }
         )
     grafted = [b for b in range(plan.depth) if b not in kept]
-    return {"kept": kept, "grafted": grafted, "groups": groups}
+    spec = ",".join(f"{keep}:{size}" for keep, size in gates.groups)
+    return {
+        "kept": kept,
+        "grafted": grafted,
+        "slot": plan.grafts[0].slot,
+        "groups": groups,
+        "groups_spec": spec,
+        "pinned": list(gates.pinned),
+    }
+
+
+def write_answer(
+    folder: Path,
+    answer: dict,
+    gates: LayerGates,
+    plan: GraftPlan,
+    report: LoadReport,
+    provenance: dict,
+) -> None:
+    """Writes selected.yaml, selection.json and trajectory.png into a run folder.
+
+    Args:
+        answer: from `decision`.
+        gates: the averaged gates.
+        report: where the model's weights came from; their files are hashed.
+        provenance: what else the decision depends on, as plain data.
+    """
+    header = (
+        f"Learned by prune_by_learning.py from {plan.path.name} in {provenance['steps']} steps;\n"
+        "selection.json beside this file holds the probabilities."
+    )
+    write_plan(plan, folder / "selected.yaml", {answer["slot"]: answer["grafted"]}, header)
+    weights = {
+        source: {"file": report.files[source], "sha256": file_sha256(path)}
+        for source, path in report.resolved.items()
+        if path.is_file()
+    }
+    config = {"file": str(plan.path), "sha256": file_sha256(plan.path)}
+    content = {**answer, "plan": "selected.yaml", "trajectory": TRAJECTORY, "config": config}
+    content |= {"weights": weights, **provenance, **environment()}
+    write_json(folder / "selection.json", content)
+    plot_trajectory(folder / TRAJECTORY, gates, folder / "trajectory.png")
+
+
+def save_merged(path: Path, model: DiT, plan: GraftPlan, answer: dict) -> Path:
+    """Saves the selected model with LoRA folded in, and a YAML that starts from it.
+
+    Args:
+        path: the weight file to write; the YAML is named like it.
+        model: holds graft pairs and LoRA updates; settled and merged in place.
+
+    Returns:
+        The YAML.
+    """
+    merge_lora(model)
+    settle(model, answer["kept"])
+    graft = replace(plan.grafts[0], blocks=tuple(answer["grafted"]))
+    merged = {
+        "model": model.state_dict(),
+        "plan": replace(plan, grafts=(graft,)).architecture(),
+    }
+    write_whole(path, lambda partial: torch.save(merged, partial))
+    start = replace(plan, grafted_ckpt_path=path.resolve(), graft_weights={})
+    header = f"Starts from {path.name}, the model that selection trained."
+    write_plan(start, path.with_suffix(".yaml"), {answer["slot"]: answer["grafted"]}, header)
+    return path.with_suffix(".yaml")
 
 
 def write_trajectory_line(path: Path, step: int, gates: LayerGates, scaling: float) -> None:

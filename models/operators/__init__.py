@@ -6,6 +6,7 @@ Configurations keep the argument names of the published operator YAMLs. Everythi
 and timm alone.
 """
 
+import inspect
 import logging
 import math
 from collections.abc import Callable
@@ -239,16 +240,16 @@ def build_operator(name: str, **config) -> nn.Module:
     missing = sorted(spec.required - config.keys())
     if missing:
         raise ValueError(f"{name}: {', '.join(missing)} missing from the configuration")
-    for key, value in config.items():
-        if spec.settings[key].hint and value not in (None, False):
-            _note_hint(name, key)
     return spec.builder(**_passed(spec, config))
 
 
 def complete_config(
     name: str, config: dict, *, hidden_size: int, num_heads: int, num_tokens: int
 ) -> dict:
-    """A copy of `config` that fits a model, with the widths it leaves out taken from the model.
+    """All arguments of the operator's constructor that `config` comes to in a model, as plain data.
+
+    Widths that `config` leaves out are the model's, other settings the defaults; what has no effect
+    is dropped. Configurations that build the same operator in other words give the same result.
 
     ValueError when a value is not supported, when a given width is not `hidden_size`, or when the
     operator cannot run on `num_tokens` tokens or with these head sizes.
@@ -283,9 +284,14 @@ def complete_config(
                 f"{name}: l_max {l_max} is less than the model's {num_tokens} tokens: set it to "
                 f"{num_tokens} or more, or leave it out"
             )
+    given = _passed(spec, full)
+    arguments = {
+        key: _plain(given.get(key, parameter.default))
+        for key, parameter in inspect.signature(spec.builder).parameters.items()
+    }
     with torch.device("meta"):
-        spec.builder(**_passed(spec, full))  # raises where sizes do not divide
-    return full
+        spec.builder(**arguments)  # raises where sizes do not divide
+    return arguments
 
 
 def _checked_spec(name: str, config: dict) -> OperatorSpec:
@@ -302,6 +308,8 @@ def _checked_spec(name: str, config: dict) -> OperatorSpec:
             raise ValueError(
                 f"{name}: {key} {value!r} is not supported; legal is {spec.settings[key].legal}"
             )
+        if spec.settings[key].hint and value not in (None, False):
+            _note_hint(name, key)
     kv_heads, heads = config.get("num_heads_kv"), config.get("num_heads")
     if kv_heads is not None and heads is not None and kv_heads != heads:
         raise ValueError(
@@ -314,6 +322,14 @@ def _passed(spec: OperatorSpec, config: dict) -> dict:
     return {key: value for key, value in config.items() if spec.settings[key].passed}
 
 
+def _plain(value):
+    """Lists for tuples and None for no bound, so that files give back what was stored in them."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return None if value == math.inf else value
+
+
 @cache
 def _note_hint(name: str, key: str) -> None:
-    logger.info("%s: %s is a hint for other kernels and has no effect here", name, key)
+    """Once a process; a warning, as only these show where nobody has set up logging."""
+    logger.warning("%s: %s is a hint for other kernels and has no effect here", name, key)

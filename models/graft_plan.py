@@ -1,0 +1,143 @@
+"""What a grafted model is: operators, their blocks, sizes and weight files; how two differ."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from models.dit import PRESETS, latent_size
+
+
+@dataclass(frozen=True)
+class Graft:
+    """One operator and the blocks that take it.
+
+    Attributes:
+        slot: "mha" or "mlp".
+        operator: name in `models.operators.OPERATORS`.
+        config: complete constructor arguments, from `complete_config`.
+        blocks: ascending block indices.
+    """
+
+    slot: str
+    operator: str
+    config: Mapping
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GraftPlan:
+    """What is grafted where, and from which files; from `models.plan.load_plan`.
+
+    Attributes:
+        path: the YAML file.
+        model_name: preset of the pretrained DiT, for example "DiT-XL/2".
+        image_size: pixels.
+        num_classes: without the null class.
+        grafts: operators and their blocks; empty for a plain DiT.
+        base_ckpt_path: the pretrained DiT; None to train one from scratch.
+        grafted_ckpt_path: a grafted model that this plan starts from, or None.
+        graft_weights: (block, slot) -> file of a distilled operator.
+        graft_init: "fresh" or "inherit", for grafts that no file provides; None is "fresh" without
+            a grafted checkpoint, and with one an error, as the plan may be meant for another.
+        vae: "ema", "mse" or a folder, for sampling.
+    """
+
+    path: Path
+    model_name: str
+    image_size: int
+    num_classes: int = 1000
+    seed: int = 0
+    grafts: tuple[Graft, ...] = ()
+    base_ckpt_path: Path | None = None
+    grafted_ckpt_path: Path | None = None
+    graft_weights: Mapping[tuple[int, str], Path] = field(default_factory=dict)
+    graft_init: str | None = None
+    vae: str = "ema"
+
+    @property
+    def depth(self) -> int:
+        return PRESETS[self.model_name]["depth"]
+
+    @property
+    def input_size(self) -> int:
+        """Latent height and width."""
+        return latent_size(self.model_name, self.image_size)
+
+    def grafted_blocks(self, slot: str | None = None) -> tuple[int, ...]:
+        """Blocks that take another operator, in `slot` or in either."""
+        blocks = {b for g in self.grafts if slot in (None, g.slot) for b in g.blocks}
+        return tuple(sorted(blocks))
+
+    def graft_at(self, block: int, slot: str) -> Graft | None:
+        """The graft of one slot of one block, or None where the original operator stays."""
+        for graft in self.grafts:
+            if graft.slot == slot and block in graft.blocks:
+                return graft
+        return None
+
+    def architecture(self) -> dict:
+        """What the model is, as plain data; stored in checkpoints and compared by `differences`.
+
+        Plans that say the same in other words (order, defaults, split lists) give equal results.
+        """
+        grafts: list[dict] = []
+        for g in self.grafts:
+            kind = {"slot": g.slot, "operator": g.operator, "config": copy.deepcopy(dict(g.config))}
+            same = [e for e in grafts if kind == {k: e[k] for k in kind}]
+            if same:
+                same[0]["blocks"] = sorted([*same[0]["blocks"], *g.blocks])
+            else:
+                grafts.append({**kind, "blocks": list(g.blocks)})
+        grafts.sort(key=lambda g: (g["slot"], g["blocks"][0], g["operator"]))
+        return {
+            "model_name": self.model_name,
+            "image_size": self.image_size,
+            "num_classes": self.num_classes,
+            "grafts": grafts,
+        }
+
+    def describe(self) -> str:
+        """One line for logs."""
+        parts = [f"{g.operator} in {g.slot} of {len(g.blocks)} blocks" for g in self.grafts]
+        return f"{self.model_name} at {self.image_size} px, " + ("; ".join(parts) or "no grafts")
+
+
+def differences(ours: dict, theirs: dict) -> str:
+    """What differs between two `GraftPlan.architecture()`, "" for nothing.
+
+    For example "num_classes 1000 there, 9 here; mha/swa blocks [1, 2] there, [1, 3] here".
+    """
+    sizes = ("model_name", "image_size", "num_classes")
+    said = config_differences({k: ours[k] for k in sizes}, {k: theirs[k] for k in sizes})
+    here, there = _configs(ours), _configs(theirs)
+    for kind in sorted({*here, *there}):
+        mine, other = here.get(kind, {}), there.get(kind, {})
+        if mine.keys() != other.keys():
+            blocks = [sorted(side) or "none" for side in (other, mine)]
+            said.append(f"{kind} blocks {blocks[0]} there, {blocks[1]} here")
+        changed: dict[str, list[int]] = {}
+        for block in sorted(mine.keys() & other.keys()):
+            for text in config_differences(mine[block], other[block]):
+                changed.setdefault(text, []).append(block)
+        said += [f"{kind} {text} in blocks {blocks}" for text, blocks in changed.items()]
+    return "; ".join(said)
+
+
+def config_differences(ours: Mapping, theirs: Mapping) -> list[str]:
+    """One "key value there, value here" for each key whose values differ."""
+    return [
+        f"{key} {theirs.get(key)!r} there, {ours.get(key)!r} here"
+        for key in sorted({*ours, *theirs})
+        if theirs.get(key) != ours.get(key)
+    ]
+
+
+def _configs(architecture: dict) -> dict[str, dict[int, dict]]:
+    """ "slot/operator" -> block -> constructor arguments."""
+    found: dict[str, dict[int, dict]] = {}
+    for g in architecture["grafts"]:
+        found.setdefault(f"{g['slot']}/{g['operator']}", {}).update(
+            dict.fromkeys(g["blocks"], g["config"])
+        )
+    return found

@@ -1,0 +1,127 @@
+"""Opened weight files: what they hold block by block, and whether it is the plan's model."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from models.config_files import shown
+from models.graft_plan import GraftPlan
+from models.weights import SLOTS, depth_of, operator_of, read_checkpoint, tensors_at
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a file holds in one slot. `original`: True, False, or None where it cannot be told."""
+
+    operator: str
+    tensors: Mapping[str, torch.Tensor]
+    config: Mapping | None  # of a graft, where the file says it
+    original: bool | None
+
+
+class OpenedFile:
+    """A weight file of the plan's depth, read.
+
+    Attributes:
+        label: "base" or "checkpoint".
+        left: names of the tensors that have found no place yet.
+        tells: the file holds a plan, which says what is grafted.
+
+    Raises:
+        ValueError: another depth, or a checkpoint of layer selection.
+    """
+
+    def __init__(self, label: str, path: Path, plan: GraftPlan) -> None:
+        self.label, self.path = label, path
+        self.tensors, stored = read_checkpoint(path)
+        refuse_selection(str(self), self.tensors)
+        depth = depth_of(self.tensors)
+        if depth != plan.depth:
+            raise ValueError(
+                f"{self}: holds {depth} blocks; {plan.model_name} of {plan.path} has {plan.depth}"
+            )
+        self.left = set(self.tensors)
+        self.tells = stored is not None
+        grafts = stored["grafts"] if stored is not None else []
+        self.grafts = {(b, g["slot"]): g for g in grafts for b in g["blocks"]}
+
+    def __str__(self) -> str:
+        return shown(self.path)
+
+    def held(self, block: int, slot: str) -> Held | None:
+        """None when the tensors are those of no known operator."""
+        tensors = tensors_at(self.tensors, block, slot)
+        operator = operator_of(tensors, slot)
+        if operator is None:
+            return None
+        told = self.grafts.get((block, slot))
+        if told is not None:
+            return Held(told["operator"], tensors, told["config"], original=False)
+        if not _like_original(operator, tensors):
+            return Held(operator, tensors, None, original=False)
+        return Held(operator, tensors, None, original=True if self.tells else None)
+
+
+def _like_original(operator: str, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether an operator has the names and proportions of the pretrained DiT's."""
+    if operator == "mlp":
+        hidden, width = tensors["fc1.weight"].shape
+        return hidden == 4 * width
+    return operator == "mha" and "qkv.bias" in tensors
+
+
+def refuse_selection(file: str, state: Mapping) -> None:
+    """Raises ValueError for a training state of layer selection, which holds gates and pairs."""
+    if any(name.startswith(("gates.", "dit.")) for name in state):
+        raise ValueError(
+            f"{file}: is a checkpoint of prune_by_learning.py: finetune its selected.yaml, or use "
+            "--save-model"
+        )
+
+
+def check_whole(file: str, state: Mapping, wanted: Mapping, plan: GraftPlan) -> None:
+    """Raises ValueError at the first tensor of `state` that is not as `wanted`."""
+    for name in [*wanted, *state]:
+        check_tensor(file, name, state.get(name), wanted.get(name), plan)
+
+
+def check_tensor(
+    file: str,
+    name: str,
+    there: torch.Tensor | None,
+    here: torch.Tensor | None,
+    plan: GraftPlan,
+) -> None:
+    """Raises ValueError unless the tensor is in the file (`there`) as in the model (`here`)."""
+    model = f"{plan.path} ({plan.describe()}, {plan.num_classes} classes)"
+    if there is None:
+        raise ValueError(f"{file}: tensor {name} is missing; the model of {model} has it")
+    if here is None:
+        raise ValueError(f"{file}: tensor {name} has no place in the model of {model}")
+    if there.shape != here.shape:
+        raise ValueError(
+            f"{file}: tensor {name} has shape {list(there.shape)}; the model of {model} needs "
+            f"{list(here.shape)}{_meaning(name, there.shape, here.shape)}"
+        )
+
+
+def _meaning(name: str, there: torch.Size, here: torch.Size) -> str:
+    """What a differing shape says of the whole model, for the two tensors that tell."""
+    if name == "pos_embed":
+        what = "hidden size" if there[-1] != here[-1] else "resolution"
+        return f": the file is of another {what}"
+    if name == "y_embedder.embedding_table.weight":
+        return f": the file has {there[0] - 1} classes, the plan {here[0] - 1}"
+    return ""
+
+
+def slot_of(name: str) -> tuple[int, str] | None:
+    """Block and slot that a tensor's name lies in, or None outside the slots."""
+    found = re.match(r"blocks\.(\d+)\.(\w+)\.", name)
+    for slot, attribute in SLOTS.items():
+        if found and found[2] == attribute:
+            return int(found[1]), slot
+    return None

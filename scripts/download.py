@@ -1,0 +1,226 @@
+"""Fetches published weights to where the configs look for them.
+
+    python scripts/download.py dit-xl2-256 vae-ema
+    python scripts/download.py zoo:dit-xl2-mha-swa-75p-fid3.09
+
+What there is: dit-xl2-256, dit-xl2-512 (the DiTs that are grafted, 2.7 GB each), vae-ema, vae-mse,
+inception (for evaluate_fid.py), adm-reference-256 (its reference batch of ImageNet), zoo:<name> (a
+released graft of configs/zoo.yaml) and all-zoo. A download that was cut short goes on when the
+command is repeated; a file has its final name only when it is whole, and, where a hash is known,
+right. Proxies are taken from the environment.
+"""
+
+import argparse
+import http.client
+import os
+import re
+import ssl
+import sys
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from evaluation.inception import FILE_NAME, HASH_PREFIX
+from latents.codec import CONFIG, HUB_NAMES, WEIGHTS
+from models.config_files import REPOSITORY, read_yaml
+from models.files import file_sha256, write_whole
+from training import arguments, distributed
+
+ZOO = REPOSITORY / "configs" / "zoo.yaml"
+CHUNK = 1 << 20  # bytes
+TIMEOUT = 60.0  # seconds without a byte
+NETWORK_ERRORS = (
+    urllib.error.URLError,
+    http.client.HTTPException,
+    ConnectionError,
+    TimeoutError,
+    ssl.SSLError,
+)
+
+DIT = "https://dl.fbaipublicfiles.com/DiT/models"
+HUB = "https://huggingface.co"
+INCEPTION_RELEASE = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights"
+ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One file: its URL, its place below --to, and the start of its sha256 where it is known."""
+
+    url: str
+    path: str
+    sha256: str = ""
+
+
+def _vae(kind: str) -> list[Item]:
+    folder = f"pretrained/sd-vae-ft-{kind}"
+    return [
+        Item(f"{HUB}/{HUB_NAMES[kind]}/resolve/main/{file}", f"{folder}/{file}")
+        for file in (WEIGHTS, CONFIG)
+    ]
+
+
+ITEMS: dict[str, list[Item]] = {
+    "dit-xl2-256": [Item(f"{DIT}/DiT-XL-2-256x256.pt", "pretrained/DiT-XL-2-256x256.pt")],
+    "dit-xl2-512": [Item(f"{DIT}/DiT-XL-2-512x512.pt", "pretrained/DiT-XL-2-512x512.pt")],
+    "vae-ema": _vae("ema"),
+    "vae-mse": _vae("mse"),
+    "inception": [Item(f"{INCEPTION_RELEASE}/{FILE_NAME}", f"pretrained/{FILE_NAME}", HASH_PREFIX)],
+    "adm-reference-256": [
+        Item(
+            f"{ADM}/256/VIRTUAL_imagenet256_labeled.npz",
+            "pretrained/VIRTUAL_imagenet256_labeled.npz",
+        )
+    ],
+}
+
+
+def find_items(name: str) -> list[Item]:
+    """The files that a name on the command line stands for. ValueError for any other name."""
+    if name in ITEMS:
+        return ITEMS[name]
+    zoo = {m["name"]: m["checkpoint"] for m in read_yaml(ZOO)["models"]}
+    wanted = list(zoo) if name == "all-zoo" else [name.removeprefix("zoo:")]
+    if name != "all-zoo" and (wanted[0] not in zoo or not name.startswith("zoo:")):
+        legal = [*ITEMS, "all-zoo", *(f"zoo:{model}" for model in zoo)]
+        raise ValueError(f"{name!r} is nothing to download: choose from {', '.join(legal)}")
+    return [Item(f"{HUB}/grafting/{model}/resolve/main/model.pt", zoo[model]) for model in wanted]
+
+
+def fetch(url: str, path: Path, sha256: str = "") -> bool:
+    """Downloads `url` to `path`; False when it was there already.
+
+    What has come so far lies in `<path>.part`, from which a later call goes on where the server can
+    (HTTP ranges). `sha256`: what the file's hash must begin with; the hub's files are checked
+    against the hash that the hub sends along.
+
+    Raises:
+        FileNotFoundError: the server cannot be reached, or has no such file; says what to do.
+        ValueError: the connection ended too early, or the hash is wrong.
+    """
+    if path.is_file():
+        _check_hash(path, sha256, f"{path} is not the file of {url}: delete it")
+        return False
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    redirects = _Redirects()
+    opener = urllib.request.build_opener(redirects)
+    try:
+        total = _receive(opener, url, part)
+    except NETWORK_ERRORS as error:
+        reason = getattr(error, "reason", None) or error
+        raise FileNotFoundError(
+            f"{url} cannot be fetched ({reason}): repeat the command, or get the file by other "
+            f"means and put it at {path}"
+        ) from error
+    size = part.stat().st_size
+    if total is not None and size != total:
+        raise ValueError(
+            f"{url}: the connection ended after {size} of {total} bytes: repeat the command to go "
+            "on"
+        )
+    try:
+        _check_hash(
+            part, sha256 or redirects.sha256, f"{url}: what came is damaged: repeat the command"
+        )
+    except ValueError:
+        part.unlink()
+        raise
+    write_whole(path, lambda whole: os.replace(part, whole))
+    return True
+
+
+def _receive(opener: urllib.request.OpenerDirector, url: str, part: Path) -> int | None:
+    """Appends the rest of `url` to `part`; returns the whole's size where it is known."""
+    start = part.stat().st_size if part.is_file() else 0
+    headers = {"User-Agent": "grafting-download"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    try:
+        response = opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE or not start:
+            raise
+        if error.headers.get("Content-Range") == f"bytes */{start}":
+            return start  # it had come whole before
+        part.unlink()
+        return _receive(opener, url, part)
+    with response:
+        if response.headers.get_content_type() == "text/html":
+            raise ValueError(
+                f"{url}: a web page came instead of the file: is there a proxy's login?"
+            )
+        total = response.headers.get("Content-Length")
+        total = None if total is None else int(total)
+        if response.status == http.client.PARTIAL_CONTENT:
+            first, total = _content_range(url, response.headers.get("Content-Range"))
+            if first != start:
+                raise ValueError(f"{url}: asked for bytes from {start}, got them from {first}")
+        else:
+            start = 0  # no ranges here: from the beginning
+        bar = tqdm(
+            total=total, initial=start, desc=part.stem, unit="B", unit_scale=True, disable=None
+        )
+        with bar, open(part, "r+b" if start else "wb") as file:
+            file.seek(start)
+            while chunk := response.read(CHUNK):
+                file.write(chunk)
+                bar.update(len(chunk))
+    return total
+
+
+def _content_range(url: str, header: str | None) -> tuple[int, int | None]:
+    """First byte and size of the whole of a Content-Range like "bytes 100-199/200" or ".../*"."""
+    found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", header or "")
+    if not found:
+        raise ValueError(f"{url}: a part came with Content-Range {header!r}: repeat the command")
+    return int(found[1]), None if found[2] == "*" else int(found[2])
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, and remembers the sha256 that the hub states on the first of them."""
+
+    sha256 = ""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        stated = headers.get("X-Linked-Etag", "").strip('"')
+        if re.fullmatch(r"[0-9a-f]{64}", stated):
+            self.sha256 = stated
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _check_hash(path: Path, sha256: str, what: str) -> None:
+    """Raises ValueError(`what` and the two hashes) unless the file's hash begins with `sha256`."""
+    if not sha256:
+        return
+    found = file_sha256(path)
+    if not found.startswith(sha256):
+        raise ValueError(f"{what} (sha256 {found[: len(sha256)]}, should be {sha256})")
+
+
+def main(args: argparse.Namespace) -> None:
+    for item in [item for name in args.names for item in find_items(name)]:
+        path = (args.to or REPOSITORY) / item.path
+        fetched = fetch(item.url, path, item.sha256)
+        print(f"{path}: {'fetched' if fetched else 'is there already'}", flush=True)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = arguments.parser(__doc__)
+    parser.add_argument("names", nargs="+", metavar="name", help="what to fetch, see above")
+    parser.add_argument(
+        "--to",
+        type=Path,
+        metavar="DIR",
+        help="pretrained/ and grafted_models/ are made here (unset: the repository)",
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    distributed.run(main, parse_args())

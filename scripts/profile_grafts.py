@@ -1,0 +1,211 @@
+"""What grafts cost: parameters, FLOPs and, on a GPU, latency, against the plain model.
+
+    python scripts/profile_grafts.py configs/50p_swa.yaml configs/75p_mamba2.yaml
+    python scripts/profile_grafts.py --latency --batch 32 configs/50p_graftfusion75_swa.yaml
+    python scripts/profile_grafts.py --table      # the grafting paper's table of costs, and ours
+    python scripts/profile_grafts.py --json ...   # any of these, for machines
+
+Prints Markdown; models/costs.py says what is counted. No weight files are read.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from models import costs
+from models.graft_plan import GraftPlan
+from models.plan import load_plan
+from training import arguments, distributed, precision
+from training.compilation import compile_step
+
+WARM_FORWARDS = 10
+TIMED_FORWARDS = 50
+WEIGHT_STD = 0.02  # latency does not depend on the weights; these keep all values finite
+
+FOOTNOTES = """\
+op: attention or gating core; ft: projections and featurizers; each in % of all original operators
+of the slot. published: arXiv 2506.05340, Table 4; rule: ours by the paper's way of counting; full:
+ours with nothing left out.
+
+(1) The paper prints the share of attention's projections that Mamba-2's take, where every other
+entry is a difference. The difference by the same count is {differences} %.
+(2) The paper counts the two gates of MLP Hyena-X and not its convolution, which the full count has.
+(3) Beyond rounding: 77.89 is half of the rounded 155.77; 50.00 leaves the biases out."""
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.table == bool(args.configs):
+        raise ValueError("give either --table or graft YAMLs")
+    if args.table and args.latency:
+        raise ValueError("--latency times the models of graft YAMLs: name some instead of --table")
+    if args.latency and not torch.cuda.is_available():
+        raise ValueError("--latency needs a CUDA device, and none is visible: drop it")
+    if args.table:
+        rows, show = costs.paper_table(), table_text
+    else:
+        rows, show = profile([load_plan(path) for path in args.configs], args), profile_text
+    print(json.dumps(rows, indent=2) if args.json else show(rows))
+
+
+# -- graft YAMLs ---------------------------------------------------------------
+
+
+def profile(plans: list[GraftPlan], args: argparse.Namespace) -> list[dict]:
+    """One row a plan: "parameters", "gmac", "gflop" of one image's forward, "latency_ms" of a
+    batch's or None, the same of the plain model under "plain", and "changes" of the slots in %."""
+    plains: dict[tuple, dict] = {}
+    rows = []
+    for plan in plans:
+        plain = costs.plain(plan)
+        key = (plan.model_name, plan.image_size, plan.num_classes)
+        if key not in plains:
+            plains[key] = measure(plain, args)
+        changes = {
+            count: {slot: asdict(c) for slot, c in costs.slot_changes(plan, count).items()}
+            for count in costs.COUNTS
+        }
+        about = {"config": str(plan.path), "model": plan.describe()}
+        rows.append({**about, **measure(plan, args), "plain": plains[key], "changes": changes})
+    return rows
+
+
+def measure(plan: GraftPlan, args: argparse.Namespace) -> dict:
+    cost = costs.model_cost(plan)
+    return {
+        "parameters": cost.parameters,
+        "gmac": cost.work.multiply_adds / 1e9,
+        "gflop": cost.work.flops / 1e9,
+        "latency_ms": latency(plan, args) if args.latency else None,
+    }
+
+
+def latency(plan: GraftPlan, args: argparse.Namespace) -> float:
+    """Median milliseconds of a forward of `--batch` samples on the GPU, warm, by CUDA events."""
+    torch.compiler.reset()
+    world = distributed.start("cuda")
+    device, batch = world.device, args.batch
+    model = costs.meta_model(plan).to_empty(device=device).eval()
+    generator = torch.Generator(device).manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter.data, std=WEIGHT_STD, generator=generator)
+    compile_step(world, args.compile, model)
+    side = plan.input_size
+    x = torch.randn(batch, model.in_channels, side, side, device=device, generator=generator)
+    t = torch.full((batch,), 500, device=device)
+    y = torch.zeros(batch, dtype=torch.long, device=device)
+    times = []
+    with (
+        torch.inference_mode(),
+        precision.autocast(device, precision.choose(args.precision, device)),
+    ):
+        for i in range(WARM_FORWARDS + TIMED_FORWARDS):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            model(x, t, y)
+            end.record()
+            end.synchronize()
+            if i >= WARM_FORWARDS:
+                times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def profile_text(rows: list[dict]) -> str:
+    timed = rows[0]["latency_ms"] is not None
+    head = ["config", "parameters", "x plain", "GMAC", "x plain", "GFLOP", "x plain"]
+    lines = [head + ["ms", "x plain"] * timed]
+    keys = {"parameters": ",", "gmac": ".2f", "gflop": ".2f"}
+    if timed:
+        keys["latency_ms"] = ".2f"
+    shown = []
+    for row in rows:
+        for name, cost in (("plain", row["plain"]), (row["config"], row)):
+            if name == "plain" and cost in shown:
+                continue
+            shown.append(cost)
+            cells = [name]
+            for key, form in keys.items():
+                cells += [format(cost[key], form), f"{cost[key] / row['plain'][key]:.4f}"]
+            lines.append(cells)
+    parts = ["GMAC and GFLOP: one image's forward, full count.", markdown(lines)]
+    head = ["config", "slot", "op: rule", "full", "ft: rule", "full", "params"]
+    lines = [head]
+    for row in rows:
+        for slot, rule in row["changes"]["paper"].items():
+            full = row["changes"]["full"][slot]
+            both = [figure(c[k]) for k in ("op", "ft_difference") for c in (rule, full)]
+            lines.append([row["config"], slot, *both, figure(rule["params"])])
+    if len(lines) > 1:
+        parts += [
+            "Change in % of all original operators of the slot, by the paper's rule and in full."
+        ]
+        parts += [markdown(lines)]
+    return "\n\n".join(parts)
+
+
+# -- the paper's table ---------------------------------------------------------
+
+
+def table_text(rows: list[dict]) -> str:
+    lines = [["operator", "blocks"]]
+    for name in ("op", "ft", "params"):
+        lines[0] += [f"{name}: published", "rule"] + ["full"] * (name != "params")
+    for row in rows:
+        cells = [row["label"], f"{row['share']} %"]
+        for i, name in enumerate(("op", "ft", "params")):
+            published, rule, full = (row[k][i] for k in ("published", "paper", "full"))
+            cells += [figure(published) + mark(row["operator"], name, published - rule)]
+            cells += [figure(rule)] + [figure(full)] * (name != "params")
+        lines.append(cells)
+    differences = [figure(r["ft_difference"]) for r in rows if r["operator"] == "mamba2"]
+    return markdown(lines) + "\n\n" + FOOTNOTES.format(differences=" / ".join(differences))
+
+
+def mark(operator: str, name: str, gap: float) -> str:
+    """The footnotes of one published entry; `gap`: how far it is from ours, in %."""
+    marks = {("mamba2", "ft"): " (1)", ("mlp_hyena_x", "op"): " (2)"}.get((operator, name), "")
+    return marks + " (3)" * (abs(gap) > 0.005)
+
+
+def figure(value: float) -> str:
+    text = f"{value:+.2f}"
+    return "0" if text in ("+0.00", "-0.00") else text
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A Markdown table whose first line is the head."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    rows = []
+    for line in lines:
+        others = [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)]
+        rows.append([line[0].ljust(widths[0]), *others])
+    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (rows[0], rule, *rows[1:]))
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = arguments.parser(__doc__)
+    add = parser.add_argument
+    add("configs", nargs="*", metavar="config", help="graft YAMLs")
+    add("--table", action="store_true", help="the cost table of arXiv 2506.05340 for DiT-XL/2")
+    add("--json", action="store_true", help="print JSON")
+    add("--latency", action="store_true", help="time forwards, too; needs CUDA")
+    add("--batch", type=arguments.positive, default=32, help="samples a timed forward")
+    add("--precision", choices=("bf16", "fp32"), help="of timed forwards (unset: bf16)")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="torch.compile, as sampling does",
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    distributed.run(main, parse_args())

@@ -1,0 +1,171 @@
+"""The 22 released grafts: configs/zoo.yaml, and files of exactly their names, shapes and nesting.
+
+The files' tensors have no storage (meta), so that models of 2.7 GB take no memory; what becomes of
+values is tested in test_grafting.py.
+"""
+
+import argparse
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.config_files import REPOSITORY, read_yaml
+from models.grafting import build_grafted
+from models.plan import load_plan
+from models.weights import SLOTS
+
+MODELS = read_yaml(REPOSITORY / "configs" / "zoo.yaml")["models"]
+CASES = json.loads((Path(__file__).parent / "golden" / "state_dicts.json").read_text())["cases"]
+BLOCKS = {  # % of the blocks -> which
+    50: [1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27],
+    75: [b for b in range(28) if b % 4 != 0],
+    100: list(range(28)),
+}
+D = 1152
+PLAIN = CASES["DiT-XL/2@256"]["state_dict"]
+NAME = re.compile(r"dit-xl2-(mha|mlp)-(\w+)-(\d+)p-fid(\d\.\d\d)(_ablation)?")
+
+
+def plan_of(model):
+    plan = load_plan(REPOSITORY / model["config"])
+    return replace(plan, grafted_ckpt_path=Path(model["checkpoint"]))
+
+
+def operator_shapes(word):
+    """Tensor names and shapes of an operator, by its word in the released model's name."""
+    if word == "mha":
+        return None  # the original's
+    if word.startswith("mlp_r_"):
+        hidden = int(word[-1]) * D
+        return {"fc1.weight": [hidden, D], "fc1.bias": [hidden], "fc2.weight": [D, hidden],
+                "fc2.bias": [D]}  # fmt: skip
+    return CASES[f"operator:{word}"]["state_dict"]
+
+
+def published_shapes(name):
+    """All tensor names and shapes of a released model."""
+    slot, word, share, _, _ = NAME.fullmatch(name).groups()
+    word = {"mamba_2": "mamba2"}.get(
+        word, "mlp_hyena_x" if (slot, word) == ("mlp", "hyena_x") else word
+    )
+    operator = operator_shapes(word)
+    shapes = dict(PLAIN)
+    for block in BLOCKS[int(share)] if operator is not None else ():
+        place = f"blocks.{block}.{SLOTS[slot]}."
+        shapes = {n: s for n, s in shapes.items() if not n.startswith(place)}
+        shapes.update({place + n: s for n, s in operator.items()})
+    return shapes
+
+
+def save(path, shapes):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    torch.save({"ema": tensors, "args": argparse.Namespace(model="DiT-XL/2", lr=1e-4)}, path)
+
+
+def load(model):
+    """Finds the file as a run does: from the working directory."""
+    with torch.device("meta"):  # operators, too, without memory
+        return build_grafted(plan_of(model))
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda m: m["name"])
+def test_released_model_loads_to_the_last_tensor(model, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    shapes = published_shapes(model["name"])
+    save(tmp_path / model["checkpoint"], shapes)
+    loaded, report = load(model)
+    assert {n: list(t.shape) for n, t in loaded.state_dict().items()} == shapes
+    assert report.counts() == {"checkpoint": len(shapes)}
+    assert report.dropped == ()
+    assert list(report.files.values()) == [model["checkpoint"]]
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda m: m["name"])
+def test_entry_agrees_with_its_name_and_its_config(model):
+    slot, _, share, fid, ablation = NAME.fullmatch(model["name"]).groups()
+    plan = load_plan(REPOSITORY / model["config"])
+    (graft,) = plan.grafts
+    assert (graft.slot, graft.operator) == (slot, model["operator"])
+    assert list(graft.blocks) == BLOCKS[model["ratio"]] == BLOCKS[int(share)]
+    assert model["checkpoint"] == f"grafted_models/{model['name']}/model.pt"
+    assert model["source"] == f"https://huggingface.co/grafting/{model['name']}"
+    assert model["published"]["fid"] == float(fid)
+    assert list(model["published"]) == ["is", "fid", "sfid", "precision", "recall"]
+    unknown = [k for k, v in model["published"].items() if v is None]
+    if ablation:
+        assert unknown == ["is", "sfid", "precision", "recall"]
+    else:
+        assert unknown == []
+        assert str(plan.grafted_ckpt_path) == model["checkpoint"]
+
+
+@pytest.mark.parametrize("operator", ["swa", "hyena_y"])
+def test_learned_selection_takes_its_graft_and_the_base(operator, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    plan = load_plan(REPOSITORY / "configs" / f"50p_graftfusion75_{operator}.yaml")
+    released = published_shapes(plan.grafted_ckpt_path.parent.name)
+    save(tmp_path / plan.grafted_ckpt_path, released)
+    save(tmp_path / plan.base_ckpt_path, PLAIN)
+    with torch.device("meta"):
+        model, report = build_grafted(plan)
+    grafted = [b for b in range(28) if f"blocks.{b}.attn.qkv.weight" not in model.state_dict()]
+    assert grafted == list(plan.grafted_blocks()) and len(grafted) == 14
+    from_base = {n for n, source in report.sources.items() if source == "base"}
+    back = [b for b in BLOCKS[75] if b not in grafted]
+    assert from_base == {n for n in PLAIN for b in back if n.startswith(f"blocks.{b}.attn.")}
+    assert {n for n, _ in report.dropped if n not in PLAIN} == {  # those of the base are in it too
+        n for n in released for b in back if n.startswith(f"blocks.{b}.attn.")
+    }
+
+
+def test_zoo_holds_22_models_once_and_every_config_with_weights():
+    names = {m["name"] for m in MODELS}
+    assert len(MODELS) == len(names) == 22
+    assert [m["name"].endswith("_ablation") for m in MODELS].count(True) == 4
+    plans = [load_plan(path) for path in (REPOSITORY / "configs").glob("*p_*.yaml")]
+    named = {plan.grafted_ckpt_path.parent.name for plan in plans if plan.grafted_ckpt_path}
+    assert named == {name for name in names if not name.endswith("_ablation")}
+
+
+SWA = next(m for m in MODELS if m["name"] == "dit-xl2-mha-swa-50p-fid2.67")
+QKV = "blocks.1.attn.Wqkv.weight"
+
+
+def changed(**changes):
+    shapes = {**published_shapes(SWA["name"]), **changes}
+    return {name: shape for name, shape in shapes.items() if shape is not None}
+
+
+def block_1_original():
+    original = {n: s for n, s in PLAIN.items() if n.startswith("blocks.1.attn.")}
+    return changed(
+        **{n: None for n in published_shapes(SWA["name"]) if "blocks.1.attn." in n}, **original
+    )
+
+
+REFUSED = {
+    "other operator": (
+        published_shapes("dit-xl2-mha-hyena_y-50p-fid2.72"),
+        "block 1 .*hyena_y.*swa",
+    ),
+    "other blocks": (block_1_original(), "block 1 holds the original mha .*swa"),
+    "missing key": (changed(**{QKV: None}), r"block 1: .*Wqkv\.bias"),
+    "extra key": (changed(**{"blocks.1.attn.rotary": [8]}), r"block 1: .*rotary"),
+    "extra key outside": (changed(z_embedder=[8]), "z_embedder"),
+    "other width": (changed(**{QKV: [3 * D, 8]}), rf"{QKV} has shape \[{3 * D}, 8\]"),
+    "512 px": (changed(pos_embed=[1, 1024, D]), "pos_embed has shape .*another resolution"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_file_that_is_not_the_released_model_is_refused(case, monkeypatch, tmp_path):
+    shapes, message = REFUSED[case]
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / SWA["checkpoint"], shapes)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load(SWA)
