@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from evaluation.features import FeatureNet, describe_net, is_stats
-from evaluation.writers import environment
 from models.files import file_sha256, read_json
+from models.provenance import environment
 
 
 def describe_input(path: str | Path, files: int | None = None) -> dict:

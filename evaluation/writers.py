@@ -2,51 +2,17 @@
 
 import json
 import math
-import platform
-import subprocess
-import time
 import zipfile
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from models.files import read_json, remove_stale, write_json, write_whole
+from models.provenance import environment
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 # Settings that are paths -> the setting that tells what lies there. A file may move.
 IDENTIFIED_BY = {"config": "plan", "checkpoint": "checkpoint_sha256", "vae": "vae_sha256"}
-
-
-def git_revision() -> str | None:
-    """The checkout's commit, with "-dirty" when tracked files differ from it.
-
-    None outside a checkout and where git is not installed.
-    """
-    if not (REPOSITORY / ".git").exists():
-        return None
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(REPOSITORY), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-    try:
-        revision = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no")
-    except OSError:
-        return None
-    return (revision + ("-dirty" if changed else "")) if revision else None
-
-
-def environment() -> dict:
-    """Versions and revision that a result was made with."""
-    return {
-        "git_revision": git_revision(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
 
 
 def describe_run(folder: Path, settings: dict, complete: bool) -> None:

@@ -21,7 +21,8 @@ from evaluation.metrics import GaussianStats, frechet_distance
 from evaluation.mini_net import WEIGHTS, MiniFeatures, save_weights
 from evaluation.readers import batches, conversion_note, npz_keys, open_images
 from evaluation.report import check_roles, default_output
-from evaluation.writers import describe_run, git_revision
+from evaluation.writers import describe_run
+from models.provenance import git_revision
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -627,7 +628,7 @@ def test_a_sample_folder_takes_more_of_the_same_run_only(tmp_path):
 
 
 def test_git_revision_counts_tracked_changes_only(tmp_path, monkeypatch):
-    monkeypatch.setattr("evaluation.writers.REPOSITORY", tmp_path)
+    monkeypatch.setattr("models.provenance.REPOSITORY", tmp_path)
     assert git_revision() is None
     names = ["-c", "user.name=a", "-c", "user.email=a@b"]
     for words in (["init", "-q"], [*names, "commit", "-q", "--allow-empty", "-m", "x"]):

@@ -6,8 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-from evaluation.writers import environment
 from models.files import write_whole
+from models.provenance import environment
 from training.distributed import World
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from evaluation.writers import environment
 from models.dit import DiT
 from models.files import file_sha256, write_json, write_whole
 from models.grafting import LoadReport
 from models.plan import GraftPlan, write_plan
+from models.provenance import environment
 from models.selection import LayerGates, settle
 from training.lora import merge_lora
 
