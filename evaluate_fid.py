@@ -140,7 +140,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = arguments.parser(__doc__)
+    parser = arguments.parser(__doc__, "REFERENCE SAMPLES")
     add = parser.add_argument
     add("reference", metavar="REFERENCE", type=Path, help="statistics, folder or .npz of images")
     add("samples", metavar="SAMPLES", type=Path, nargs="?", help="folder or .npz of images")

@@ -211,7 +211,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = arguments.parser(__doc__)
+    parser = arguments.parser(__doc__, "NAME [NAME ...]")
     parser.add_argument("names", nargs="+", metavar="name", help="what to fetch, see above")
     parser.add_argument(
         "--to",

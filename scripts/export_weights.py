@@ -25,7 +25,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = arguments.parser(__doc__)
+    parser = arguments.parser(__doc__, "CHECKPOINT")
     parser.add_argument("checkpoint", help="of finetune_tinyfusion.py")
     parser.add_argument("--out", required=True, type=Path, help="the .safetensors file to write")
     return parser.parse_args(argv)

@@ -190,7 +190,7 @@ def markdown(lines: list[list[str]]) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = arguments.parser(__doc__)
+    parser = arguments.parser(__doc__, "[CONFIG ...]")
     add = parser.add_argument
     add("configs", nargs="*", metavar="config", help="graft YAMLs")
     add("--table", action="store_true", help="the cost table of arXiv 2506.05340 for DiT-XL/2")

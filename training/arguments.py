@@ -6,9 +6,15 @@ from collections.abc import Callable
 from typing import NoReturn
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
-    """A parser whose --help shows the entry's docstring and every default that says something."""
-    return _Parser(description=doc, formatter_class=_Help, allow_abbrev=False)
+def parser(doc: str, positional: str = "") -> argparse.ArgumentParser:
+    """A parser whose --help shows the entry's docstring and every default that says something.
+
+    Args:
+        doc: the entry's docstring.
+        positional: arguments without a flag, for the usage line.
+    """
+    usage = " ".join(["%(prog)s", *positional.split(), "[flags]"])
+    return _Parser(description=doc, usage=usage, formatter_class=_Help, allow_abbrev=False)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -26,6 +32,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
             or "%(default)" in action.help
         ):
             return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
         return f"{action.help} (default: %(default)s)"
 
 
