@@ -144,9 +144,9 @@ def main(args: argparse.Namespace) -> None:
         bar.update()
         if step % args.log_every == 0 or step == total_steps:
             skipped = guard.check(step)
-            sums = distributed.sum_across(world, running).tolist()
+            *sums, number = distributed.sum_across(world, running).tolist()
             rate = (step - logged_step) / (time.perf_counter() - logged_at)
-            values = {k: v / max(1, sums[-1]) for k, v in zip(names, sums, strict=False)}
+            values = {k: v / max(1, number) for k, v in zip(names, sums, strict=True)}
             values |= {
                 "grad_norm": norm.item(),
                 "lr": lr.get_last_lr()[0],

@@ -222,12 +222,12 @@ def test_lora_trains_outside_the_excluded_and_merges_exactly():
 def test_runlog_writes_for_people_and_machines(tmp_path):
     log = RunLog(tmp_path, CPU, {"lr": 1.0})
     log.info("hello")
-    log.metrics(3, loss=0.5)
+    log.metrics(3, loss=0.5, grad_norm=math.nan)
     log.close()
     text = (tmp_path / "log.txt").read_text()
     assert 'settings {"lr": 1.0}' in text and "hello" in text
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
-    assert line["step"] == 3 and line["loss"] == 0.5
+    assert line["step"] == 3 and line["loss"] == 0.5 and line["grad_norm"] is None
     assert list((tmp_path / "tensorboard").iterdir())
     silent = RunLog(tmp_path / "other", distributed.World(1, 1, 2, CPU.device), {})
     silent.info("nothing")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 import time
 from pathlib import Path
@@ -81,7 +82,9 @@ class RunLog:
         """One line for machines: the values at `step`, also as TensorBoard scalars."""
         if not self.active:
             return
-        self._metrics.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+        # JSON has no NaN or infinity
+        plain = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._metrics.write(json.dumps({"step": step, "time": time.time(), **plain}) + "\n")
         self._metrics.flush()
         if self._board is not None:
             for name, value in values.items():
