@@ -138,7 +138,7 @@ def test_compiled_steps_follow_eager_ones(mini, entry):
 
 
 def test_samples_of_gpu_and_cpu_are_the_same_pictures(mini):
-    """fp32 on all, compiled or not: the noise of an image does not depend on the device that makes it."""
+    """fp32 on all, compiled or not: an image's noise does not depend on the device."""
     settings = ["--config", "configs/mini/75p_swa.yaml", "--num-fid-samples", 4, "--no-tf32"]
     settings += ["--sampler", "dpm++", "--num-sampling-steps", 8, "--precision", "fp32"]
     settings += ["--sample-dir", mini]
