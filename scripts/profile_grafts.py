@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import costs
 from models.graft_plan import GraftPlan
+from models.operators.accelerators import accelerate
 from models.plan import load_plan
 from training import arguments, distributed, precision
 from training.compilation import compile_step
@@ -95,6 +96,9 @@ def latency(plan: GraftPlan, args: argparse.Namespace) -> float:
     generator = torch.Generator(device).manual_seed(0)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter.data, std=WEIGHT_STD, generator=generator)
+    dtype = precision.choose(args.precision, device)
+    for line in accelerate(model, device, dtype, model.num_tokens, args.kernels):
+        print(line, file=sys.stderr)
     compile_step(world, args.compile, model)
     side = plan.input_size
     x = torch.randn(batch, model.in_channels, side, side, device=device, generator=generator)
@@ -103,7 +107,7 @@ def latency(plan: GraftPlan, args: argparse.Namespace) -> float:
     times = []
     with (
         torch.inference_mode(),
-        precision.autocast(device, precision.choose(args.precision, device)),
+        precision.autocast(device, dtype),
     ):
         for i in range(WARM_FORWARDS + TIMED_FORWARDS):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -204,6 +208,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=True,
         help="torch.compile, as sampling does",
     )
+    add("--kernels", choices=("auto", "torch"), default="auto", help="as sampling's --kernels")
     return parser.parse_args(argv)
 
 

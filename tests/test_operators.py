@@ -424,7 +424,7 @@ def test_complete_config_takes_widths_from_the_model():
 
 
 def test_complete_config_drops_what_has_no_effect():
-    given = {"fused_bias_fc": True, "order": 2, "num_blocks": 1, "inner_filter_len": 9}
+    given = {"fused_bias_fc": True, "order": 2, "short_filter_order": 4, "inner_filter_len": 9}
     assert complete_config("hyena_x", given, **MODEL) == complete_config("hyena_x", {}, **MODEL)
 
 
@@ -435,6 +435,8 @@ def test_complete_config_drops_what_has_no_effect():
         ("mha", {"num_heads": 5}, "num_heads 5.*hidden size 32"),
         ("swa", {"num_heads_kv": 2}, "num_heads_kv 2.*num_heads 4"),
         ("hyena_y", {"l_max": 9}, "l_max 9.*10 tokens"),
+        ("hyena_x", {"inner_filter_len": 4}, "inner_filter_len without short_filter_order"),
+        ("hyena_y", {"short_filter_order": 4}, "short_filter_order without inner_filter_len"),
         ("mlp_hyena_x", {"l_max": 11}, "l_max 11.*10 tokens"),
         ("mamba2", {"headdim": 5}, "headdim 5"),
         ("mamba2", {"chunks": 5}, "unknown key 'chunks'"),

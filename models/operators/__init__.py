@@ -278,6 +278,7 @@ def complete_config(
                 f"to {num_tokens} or leave it out"
             )
     elif name in ("hyena_se", "hyena_x", "hyena_y"):
+        _check_filter(name, config)
         l_max = full.setdefault("l_max", HYENA_L_MAX)
         if l_max < num_tokens:
             raise ValueError(
@@ -301,7 +302,7 @@ def _checked_spec(name: str, config: dict) -> OperatorSpec:
     for key, value in config.items():
         if key not in spec.settings:
             raise ValueError(
-                f"{name}: unknown key {key!r} (value {value!r}); legal keys are "
+                f"{name}: unknown key {key!r} (value {value!r}){_whose(config)}; legal keys are "
                 f"{', '.join(spec.settings)}"
             )
         if not spec.settings[key].accepts(value):
@@ -316,6 +317,29 @@ def _checked_spec(name: str, config: dict) -> OperatorSpec:
             f"{name}: num_heads_kv {kv_heads} is not supported; legal is null or num_heads {heads}"
         )
     return spec
+
+
+def _check_filter(name: str, config: dict) -> None:
+    """Refuses what names the length of the filter that a Hyena operator lacks, and not of its own.
+
+    Such is the file of another Hyena operator; files with both lengths serve for all.
+    """
+    lengths = ["short_filter_order", "inner_filter_len"]
+    own, other = lengths if name != "hyena_y" else lengths[::-1]
+    if other in config and own not in config:
+        raise ValueError(
+            f"{name}: {other} without {own} is the configuration of another Hyena operator: name "
+            f"the file of {name}, or set {own}"
+        )
+
+
+def _whose(config: dict) -> str:
+    """The operators that a configuration of unfit keys is for, as a remark."""
+    found = [
+        n for n, s in OPERATORS.items() if s.width in config and config.keys() <= s.settings.keys()
+    ]
+    named = " or ".join(f"{name} ({OPERATORS[name].slot} slot)" for name in found)
+    return f": these are the keys of {named}" if found else ""
 
 
 def _passed(spec: OperatorSpec, config: dict) -> dict:

@@ -1,12 +1,16 @@
 """Softmax attention of the mha slot: over all tokens (mha) and within a sliding window (swa)."""
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Attention
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 DENSE_TOKENS = 256  # up to here the T x T mask is cheaper than gathering windows
 QUERY_BLOCK = 64
+FLEX_BLOCK = 128
 
 
 def build_mha(dim: int, num_heads: int, qkv_bias: bool = True) -> Attention:
@@ -21,6 +25,8 @@ class SlidingWindowAttention(nn.Module):
     Parameters are named as in flash-attn's MHA; the rows of `Wqkv` are ordered as in timm's `qkv`,
     so the weights of full attention carry over unchanged. `softmax_scale` None means
     1 / sqrt(head width). Takes any number of tokens, in memory linear in it.
+
+    `path` names what computes it: "torch", "flex" or "flash-attn" (accelerators.py chooses).
     """
 
     def __init__(
@@ -39,23 +45,27 @@ class SlidingWindowAttention(nn.Module):
         self.window_size = tuple(window_size)
         self.dropout = dropout
         self.softmax_scale = softmax_scale
+        self.path = "torch"
         self.Wqkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_proj_bias)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=out_proj_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, T, D = x.shape
+        options = {
+            "scale": self.softmax_scale,
+            "dropout_p": self.dropout if self.training else 0.0,
+        }
         qkv = self.Wqkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # B heads T head_width
-        attend = dense_window_attention if T <= DENSE_TOKENS else blocked_window_attention
-        y = attend(
-            q,
-            k,
-            v,
-            self.window_size,
-            scale=self.softmax_scale,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
-        return self.out_proj(y.transpose(1, 2).reshape(B, T, D))
+        if self.path == "flash-attn":
+            y = flash_window_attention(qkv, self.window_size, **options)  # B T heads head_width
+        else:
+            if self.path == "flex":
+                attend = flex_window_attention
+            else:
+                attend = dense_window_attention if T <= DENSE_TOKENS else blocked_window_attention
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # B heads T head_width
+            y = attend(q, k, v, self.window_size, **options).transpose(1, 2)
+        return self.out_proj(y.reshape(B, T, D))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, window_size={self.window_size}"
@@ -102,6 +112,73 @@ def blocked_window_attention(
     q = F.pad(q, (0, 0, 0, fill)).reshape(B * H, blocks, S, d)
     y = F.scaled_dot_product_attention(q, windows(k), windows(v), attn_mask=seen, **options)
     return y.reshape(B, H, blocks * S, d)[:, :, :T]
+
+
+def flash_window_attention(
+    qkv: torch.Tensor,
+    window: tuple[int, int],
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    """The same by flash-attn, on CUDA in half precision: [B,T,3,heads,d] -> [B,T,heads,d]"""
+    from flash_attn import flash_attn_qkvpacked_func
+
+    return flash_attn_qkvpacked_func(qkv, dropout_p, softmax_scale=scale, window_size=window)
+
+
+def flex_window_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: tuple[int, int],
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    """The result of `dense_window_attention` by FlexAttention, which reads only the blocks of keys
+    that the window touches. On CUDA it is compiled; on the CPU it has no gradient. ValueError for
+    dropout, which it does not know."""
+    if dropout_p > 0:
+        raise ValueError(f"FlexAttention has no dropout, and dropout is {dropout_p}: use 0")
+    tokens = q.shape[2]
+    if torch.compiler.is_compiling():  # becomes a part of what is being compiled
+        mask, attend = window_mask(tokens, window, q.device), flex_attention
+    else:
+        mask = _cached_mask(tokens, window, q.device)
+        attend = _compiled_flex() if q.is_cuda else flex_attention
+    return attend(q, k, v, block_mask=mask, scale=scale)
+
+
+def window_mask(tokens: int, window: tuple[int, int], device: torch.device) -> BlockMask:
+    """Which keys a query sees, and which blocks of keys hold any of them, in memory linear in the
+    tokens but for one integer a pair of blocks."""
+    left, right = window
+    blocks = -(-tokens // FLEX_BLOCK)
+    index = torch.arange(blocks, device=device)
+    start = index * FLEX_BLOCK  # of a block of queries
+    first = (start - left).div(FLEX_BLOCK, rounding_mode="floor").clamp(min=0)
+    last = ((start + FLEX_BLOCK - 1 + right) // FLEX_BLOCK).clamp(max=blocks - 1)
+    touched = (first[:, None] + index).clamp(max=blocks - 1)  # its first `last - first + 1` count
+
+    def seen(b, h, query, key):
+        return (key >= query - left) & (key <= query + right)
+
+    return BlockMask.from_kv_blocks(
+        (last - first + 1).int()[None, None],
+        touched.int()[None, None],
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=seen,
+        seq_lengths=(tokens, tokens),
+    )
+
+
+@cache
+def _cached_mask(tokens: int, window: tuple[int, int], device: torch.device) -> BlockMask:
+    return window_mask(tokens, window, device)
+
+
+@cache
+def _compiled_flex():
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def _check_heads(operator: str, key: str, width: int, num_heads: int) -> None:

@@ -17,11 +17,14 @@ class CausalConv(nn.Module):
     Position i reads positions i-taps+1..i of its own channel, with zeros before the start; the last
     tap multiplies the current position. `identity` starts as a pass-through, otherwise the filter
     starts like nn.Conv1d: uniform within 1 / sqrt(taps).
+
+    `path` names what computes it: "torch" or "causal-conv1d" (accelerators.py chooses).
     """
 
     def __init__(self, channels: int, taps: int, bias: bool = True, identity: bool = False):
         super().__init__()
         self.identity = identity
+        self.path = "torch"
         self.weight = nn.Parameter(torch.empty(channels, 1, taps))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         self.reset_parameters()
@@ -40,15 +43,79 @@ class CausalConv(nn.Module):
                 else:
                     self.bias.uniform_(-bound, bound)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, silu: bool = False) -> torch.Tensor:
+        """`silu`: SiLU of the convolution."""
         channels, _, taps = self.weight.shape
-        length = x.shape[-1]
+        if self.path == "causal-conv1d":
+            return fused_causal_conv(x, self.weight.squeeze(1), self.bias, silu)
         padded = F.conv1d(x, self.weight, self.bias, padding=taps - 1, groups=channels)
-        return padded[..., :length]
+        y = padded[..., : x.shape[-1]]
+        return F.silu(y) if silu else y
 
     def extra_repr(self) -> str:
         channels, _, taps = self.weight.shape
         return f"{channels}, taps={taps}, bias={self.bias is not None}"
+
+
+# causal-conv1d's kernel as an operation of our own: opaque to torch.compile, and with its gradient.
+
+
+@torch.library.custom_op("grafts::causal_conv", mutates_args=())
+def fused_causal_conv(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, silu: bool
+) -> torch.Tensor:
+    """CausalConv by causal-conv1d, on CUDA: x [B, channels, L], weight [channels, taps] -> like x.
+
+    Taps 2 to 4. In memory x runs along L or along the channels, then in multiples of 8.
+    """
+    from causal_conv1d.cpp_functions import causal_conv1d_fwd_function
+
+    return causal_conv1d_fwd_function(x, weight, bias, None, None, None, silu)
+
+
+@torch.library.custom_op("grafts::causal_conv_backward", mutates_args=())
+def _causal_conv_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    silu: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from causal_conv1d.cpp_functions import causal_conv1d_bwd_function
+
+    dx, dweight, dbias, _ = causal_conv1d_bwd_function(
+        x, weight, bias, grad, None, None, None, None, False, silu
+    )
+    return dx, dweight, weight.new_empty(0) if dbias is None else dbias
+
+
+@fused_causal_conv.register_fake
+def _(x, weight, bias, silu):
+    return torch.empty_like(x)
+
+
+@_causal_conv_backward.register_fake
+def _(grad, x, weight, bias, silu):
+    empty = weight.new_empty(0)
+    return (
+        torch.empty_like(x),
+        torch.empty_like(weight),
+        empty if bias is None else torch.empty_like(bias),
+    )
+
+
+def _keep_for_backward(ctx, inputs, output):
+    x, weight, bias, ctx.silu = inputs
+    ctx.save_for_backward(x, weight, bias)
+
+
+def _backward(ctx, grad):
+    x, weight, bias = ctx.saved_tensors
+    dx, dweight, dbias = _causal_conv_backward(grad, x, weight, bias, ctx.silu)
+    return dx, dweight, None if bias is None else dbias, None
+
+
+fused_causal_conv.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
 class _TokenHyena(nn.Module):

@@ -16,6 +16,8 @@ DT_RANGE = (1e-3, 1e-1)  # of the step sizes at initialisation
 DT_FLOOR = 1e-4
 A_RANGE = (1.0, 16.0)  # of the decay rates at initialisation
 NORM_EPS = 1e-5
+UNBOUNDED = torch.finfo(torch.float32).max  # infinity does not survive code generation
+KERNEL_CHUNK = 128  # tokens a chunk in mamba-ssm's kernels
 
 
 class GatedRMSNorm(nn.Module):
@@ -42,6 +44,8 @@ class Mamba2(nn.Module):
     `chunk_size` groups the scan and changes speed and memory, not the result. `dt_limit` bounds the
     step sizes after the softplus; None (or infinity) as its second value means no upper bound.
     ValueError when `headdim` does not divide expand * d_model, or `ngroups` the number of heads.
+
+    `path` names what computes the scan: "torch" or "mamba-ssm" (accelerators.py chooses).
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class Mamba2(nn.Module):
         self.ngroups = ngroups
         self.chunk_size = chunk_size
         self.dt_limit = tuple(dt_limit)
+        self.path = "torch"
 
         d_xbc = d_inner + 2 * ngroups * d_state
         self.in_proj = nn.Linear(d_model, d_inner + d_xbc + heads, bias=bias)
@@ -105,23 +110,37 @@ class Mamba2(nn.Module):
         z, xbc, dt = self.in_proj(x).split(
             [self.d_inner, self.d_inner + 2 * state_width, self.heads], dim=-1
         )
-        xbc = F.silu(self.conv1d(xbc.transpose(1, 2)).transpose(1, 2))
+        xbc = self.conv1d(xbc.transpose(1, 2), silu=True).transpose(1, 2)
 
         # the scan and the norm stay in float32 whatever the precision around them
         with torch.autocast(x.device.type, enabled=False):
             full = torch.promote_types(x.dtype, torch.float32)
-            u, b, c = xbc.to(full).split([self.d_inner, state_width, state_width], dim=-1)
+            u, b, c = xbc.split([self.d_inner, state_width, state_width], dim=-1)
             u = u.unflatten(-1, (self.heads, self.headdim))  # B T heads headdim
             b = b.unflatten(-1, (self.ngroups, self.d_state))  # B T groups d_state
             c = c.unflatten(-1, (self.ngroups, self.d_state))
-            dt = F.softplus(dt.to(full) + self.dt_bias)  # B T heads
-            dt = dt.clamp(*self.dt_limit)
-            y = chunked_scan(u, dt, -self.A_log.to(full).exp(), b, c, self.chunk_size)
-            y = y + u * self.D.view(self.heads, -1)
+            scan = self._fused_scan if self.path == "mamba-ssm" else self._scan
+            y = scan(u, dt, -self.A_log.to(full).exp(), b, c)
             y = y.flatten(-2)  # B T d_inner
             z = z.to(full)
             y = y * F.silu(z) if self.norm is None else self.norm(y, z)
         return self.out_proj(y.to(xbc.dtype))
+
+    def _scan(self, u, dt, A, b, c):
+        full = A.dtype
+        u, b, c = u.to(full), b.to(full), c.to(full)
+        dt = F.softplus(dt.to(full) + self.dt_bias)  # B T heads
+        dt = dt.clamp(*self.dt_limit)
+        y = chunked_scan(u, dt, A, b, c, self.chunk_size)
+        return y + u * self.D.view(self.heads, -1)
+
+    def _fused_scan(self, u, dt, A, b, c):
+        """The kernels multiply in the precision of u, b and c and add up in float32."""
+        D = self.D.view(self.heads, -1).squeeze(-1)  # heads, or heads headdim
+        low, high = self.dt_limit
+        high = UNBOUNDED if high is None else min(high, UNBOUNDED)
+        y = fused_scan(u, dt, A, b, c, D, self.dt_bias, low, high)
+        return y.to(A.dtype)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, headdim={self.headdim}, d_state={self.d_state}"
@@ -184,3 +203,77 @@ def decay_between(step: torch.Tensor) -> torch.Tensor:
     )
     future = torch.ones(n, n, dtype=torch.bool, device=step.device).triu(1)
     return between.masked_fill(future, -math.inf).exp()
+
+
+# mamba-ssm's scan as an operation of our own: opaque to torch.compile, and with its gradient.
+
+
+@torch.library.custom_op("grafts::ssd_scan", mutates_args=())
+def fused_scan(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    dt_bias: torch.Tensor,
+    dt_low: float,
+    dt_high: float,
+) -> torch.Tensor:
+    """`chunked_scan` plus x * D by mamba-ssm's kernels, on CUDA, at steps
+    clamp(softplus(dt + dt_bias), dt_low, dt_high); D [heads] or [heads, p] -> like x."""
+    from mamba_ssm.ops.triton.ssd_combined import _mamba_chunk_scan_combined_fwd
+
+    options = _scan_options(D, dt_bias, dt_low, dt_high)
+    y, *_ = _mamba_chunk_scan_combined_fwd(x, dt, A, B, C, KERNEL_CHUNK, **options)
+    return y.contiguous()
+
+
+@torch.library.custom_op("grafts::ssd_scan_backward", mutates_args=())
+def _scan_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    dt_bias: torch.Tensor,
+    dt_low: float,
+    dt_high: float,
+) -> list[torch.Tensor]:
+    from mamba_ssm.ops.triton.ssd_combined import _mamba_chunk_scan_combined_bwd
+
+    options = _scan_options(D, dt_bias, dt_low, dt_high)
+    # the output, its seventh argument, matters only to a gate inside the kernel: any will do
+    dx, ddt, dA, dB, dC, dD, _, dbias, _ = _mamba_chunk_scan_combined_bwd(
+        grad, x, dt, A, B, C, grad, KERNEL_CHUNK, **options
+    )
+    grads = zip((dx, ddt, dA, dB, dC, dD, dbias), (x, dt, A, B, C, D, dt_bias), strict=True)
+    return [d.to(given.dtype).contiguous() for d, given in grads]
+
+
+def _scan_options(D, dt_bias, dt_low, dt_high) -> dict:
+    return {"D": D, "dt_bias": dt_bias, "dt_softplus": True, "dt_limit": (dt_low, dt_high)}
+
+
+@fused_scan.register_fake
+def _(x, dt, A, B, C, D, dt_bias, dt_low, dt_high):
+    return x.new_empty(x.shape)
+
+
+@_scan_backward.register_fake
+def _(grad, x, dt, A, B, C, D, dt_bias, dt_low, dt_high):
+    return [given.new_empty(given.shape) for given in (x, dt, A, B, C, D, dt_bias)]
+
+
+def _keep_for_backward(ctx, inputs, output):
+    *tensors, ctx.dt_low, ctx.dt_high = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad):
+    return *_scan_backward(grad, *ctx.saved_tensors, ctx.dt_low, ctx.dt_high), None, None
+
+
+fused_scan.register_autograd(_backward, setup_context=_keep_for_backward)
