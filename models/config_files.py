@@ -8,22 +8,31 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def places(name: str | Path, yaml_path: Path) -> list[Path]:
-    """Where a path in a YAML may lead: beside it, the working directory, the repository."""
-    return [base / name for base in (yaml_path.parent, Path.cwd(), REPOSITORY)]
+    """Where a path in a YAML may lead: beside it, the working directory, the repository.
+
+    The predecessor's scripts ran one folder below its root: its "../configs/x.yaml" is this
+    repository's configs/x.yaml, wherever the YAML lies.
+    """
+    bases = [yaml_path.parent, Path.cwd(), REPOSITORY]
+    inside = Path(name).relative_to("..") if Path(name).is_relative_to("..") else name
+    return [*(base / name for base in bases), REPOSITORY / inside]
 
 
 def find_file(name: str | Path, yaml_path: Path, key: str) -> Path:
     """The first of `places` that exists, absolute; a link as the last part keeps its own name.
 
     Raises:
-        FileNotFoundError: in none of the three; the message lists them.
+        FileNotFoundError: in none of them; the message lists them.
     """
-    candidates = places(name, yaml_path)
+    candidates = list(dict.fromkeys(places(name, yaml_path)))
     for place in candidates:
         if place.exists():
             return place.parent.resolve() / place.name
-    tried = ", ".join(str(p) for p in dict.fromkeys(candidates))
-    raise FileNotFoundError(f"{yaml_path}: {key}: {str(name)!r} was found at none of {tried}")
+    begun = [p.with_name(p.name + ".part") for p in candidates if p.name not in ("", "..")]
+    begun = [p for p in begun if p.exists()]
+    hint = f"; {begun[0]} is a download that has not ended" if begun else ""
+    tried = ", ".join(str(p) for p in candidates)
+    raise FileNotFoundError(f"{yaml_path}: {key}: {str(name)!r} was found at none of {tried}{hint}")
 
 
 def flag_path(flag: str, value: str) -> Path:

@@ -99,7 +99,10 @@ class GraftPlan:
 
     def describe(self) -> str:
         """One line for logs."""
-        parts = [f"{g.operator} in {g.slot} of {len(g.blocks)} blocks" for g in self.grafts]
+        parts = [
+            f"{g.operator} in {g.slot} of {len(g.blocks)} block{'s' * (len(g.blocks) > 1)}"
+            for g in self.grafts
+        ]
         return f"{self.model_name} at {self.image_size} px, " + ("; ".join(parts) or "no grafts")
 
 

@@ -13,7 +13,16 @@ from models.config_files import find_file, shown
 from models.dit import build_dit
 from models.graft_plan import Graft, GraftPlan, config_differences
 from models.operators import OPERATORS
-from models.weight_files import Held, OpenedFile, check_tensor, check_whole, slot_of
+from models.weight_files import (
+    Held,
+    OpenedFile,
+    check_finite,
+    check_tensor,
+    check_whole,
+    slot_of,
+    unknown_operator,
+    wanted,
+)
 from models.weights import SLOTS, operator_of, read_state, tensors_at
 
 Tensors = dict[str, torch.Tensor]
@@ -97,12 +106,19 @@ class TensorSources:
         return file
 
     def _open(self, label: str, path: Path, key: str) -> OpenedFile:
-        file = OpenedFile(label, find_file(path, self.plan.path, key), self.plan)
+        try:
+            found = find_file(path, self.plan.path, key)
+        except FileNotFoundError as error:
+            hint = "scripts/download.py fetches published weights"
+            raise FileNotFoundError(f"{error}; {hint}") from error
+        file = OpenedFile(label, found, self.plan)
         self.resolved[label] = file.path
         return file
 
     def _take(self, file: str, name: str, tensor: torch.Tensor, place: str, label: str) -> None:
         check_tensor(file, name, tensor, self.own.get(place), self.plan)
+        if label != "fresh":
+            check_finite(file, name, tensor)
         self.tensors[place], self.labels[place] = tensor, label
 
     def _use(self, file: OpenedFile, name: str, place: str, label: str | None = None) -> None:
@@ -165,10 +181,8 @@ class TensorSources:
     def _held(self, file: OpenedFile, block: int, slot: str) -> Held:
         held = file.held(block, slot)
         if held is None:
-            raise ValueError(
-                f"{file}: block {block}: the {slot} slot holds no known operator (tensors "
-                f"{sorted(tensors_at(file.tensors, block, slot))})"
-            )
+            tensors = tensors_at(file.tensors, block, slot)
+            raise unknown_operator(str(file), tensors, block, slot, self.plan)
         return held
 
     def _self_grafts(self, slot: str) -> bool:
@@ -191,7 +205,7 @@ class TensorSources:
     ) -> None:
         if is_original:
             self._use_slot(self.checkpoint, block, slot, place)
-        elif self.base is not None:
+        elif self._base_for(block, slot, held) is not None:
             self._use_slot(self.base, block, slot, place)
         elif held is not None:
             raise ValueError(
@@ -201,6 +215,18 @@ class TensorSources:
             )
         else:
             self._leave_fresh(place)
+
+    def _base_for(self, block: int, slot: str, held: Held | None) -> OpenedFile | None:
+        """The base; says, where its file is missing, what it is needed for."""
+        try:
+            return self.base
+        except FileNotFoundError as error:
+            if held is None:
+                raise
+            raise FileNotFoundError(
+                f"{error}; block {block} needs its original {slot} from there, as "
+                f"{self.checkpoint} holds the graft {held.operator!r}"
+            ) from error
 
     def _fill_graft(self, block: int, entry: Graft, place: str, held: Held) -> None:
         """Takes the checkpoint's operator, once it is seen to be configured as the plan's."""
@@ -224,7 +250,7 @@ class TensorSources:
             hint = " (another block list? or say graft_init: fresh or inherit)"
         raise ValueError(
             f"{self.checkpoint}: block {block} holds {found} in its {entry.slot} slot; "
-            f"{self.plan.path} wants {entry.operator!r} there{hint}"
+            f"{self.plan.path} wants {wanted(self.plan, block, entry.slot)} there{hint}"
         )
 
     def _fill_from_file(self, block: int, entry: Graft, place: str) -> None:
@@ -233,14 +259,14 @@ class TensorSources:
         self.resolved[f"graft_weights[{block}].{entry.slot}"] = file
         tensors = read_state(file)
         found = operator_of(tensors, entry.slot)
+        if found is None:
+            raise unknown_operator(shown(file), tensors, block, entry.slot, self.plan)
+        where = f"{shown(file)} (graft_weights of block {block}, {entry.slot} slot)"
         if found != entry.operator:
-            raise ValueError(
-                f"{shown(file)}: holds {found!r}; {self.plan.path} wants {entry.operator!r} in "
-                f"block {block}"
-            )
-        self._check_none_missing(shown(file), tensors, place)
+            raise ValueError(f"{where}: holds {found!r}; {self.plan.path} wants {entry.operator!r}")
+        self._check_none_missing(where, tensors, place)
         for name, tensor in tensors.items():
-            self._take(shown(file), name, tensor, place + name, "graft_weights")
+            self._take(where, name, tensor, place + name, "graft_weights")
 
     def _initialise(self, block: int, entry: Graft, place: str, file: OpenedFile | None) -> None:
         """No file provides this graft: inherit what fits from `file`'s original, the rest fresh."""

@@ -9,7 +9,10 @@ import torch
 
 from models.config_files import shown
 from models.graft_plan import GraftPlan
+from models.operators import OPERATORS
 from models.weights import SLOTS, depth_of, operator_of, read_checkpoint, tensors_at
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,7 @@ class OpenedFile:
         self.label, self.path = label, path
         self.tensors, stored = read_checkpoint(path)
         refuse_selection(str(self), self.tensors)
-        depth = depth_of(self.tensors)
-        if depth != plan.depth:
-            raise ValueError(
-                f"{self}: holds {depth} blocks; {plan.model_name} of {plan.path} has {plan.depth}"
-            )
+        check_depth(str(self), self.tensors, plan)
         self.left = set(self.tensors)
         self.tells = stored is not None
         grafts = stored["grafts"] if stored is not None else []
@@ -82,10 +81,65 @@ def refuse_selection(file: str, state: Mapping) -> None:
         )
 
 
+def check_depth(file: str, state: Mapping, plan: GraftPlan) -> None:
+    """Raises ValueError unless the file has as many blocks as the plan's model."""
+    depth = depth_of(state)
+    if depth != plan.depth:
+        raise ValueError(
+            f"{file}: holds {depth} blocks; {plan.model_name} of {plan.path} has {plan.depth}"
+        )
+
+
 def check_whole(file: str, state: Mapping, wanted: Mapping, plan: GraftPlan) -> None:
     """Raises ValueError at the first tensor of `state` that is not as `wanted`."""
     for name in [*wanted, *state]:
         check_tensor(file, name, state.get(name), wanted.get(name), plan)
+
+
+def check_slots(file: str, state: Mapping, plan: GraftPlan) -> None:
+    """Raises ValueError at the first block that does not hold the operators of the plan."""
+    check_depth(file, state, plan)
+    for block in range(plan.depth):
+        for slot in SLOTS:
+            tensors, entry = tensors_at(state, block, slot), plan.graft_at(block, slot)
+            found = operator_of(tensors, slot)
+            if found is None:
+                raise unknown_operator(file, tensors, block, slot, plan)
+            if found != (slot if entry is None else entry.operator):
+                raise ValueError(
+                    f"{file}: block {block} holds {found!r} in its {slot} slot; {plan.path} wants "
+                    f"{wanted(plan, block, slot)} there"
+                )
+
+
+def unknown_operator(
+    file: str, tensors: Mapping, block: int, slot: str, plan: GraftPlan
+) -> ValueError:
+    """The error of a slot whose tensors are those of no operator; names those of the plan's."""
+    entry = plan.graft_at(block, slot)
+    spec = OPERATORS[slot if entry is None else entry.operator]
+    tells = {
+        "missing": sorted(spec.tensors - tensors.keys()),
+        "left over": sorted(tensors.keys() - spec.tensors - spec.optional_tensors),
+    }
+    said = "; ".join(f"{word}: {_few(names)}" for word, names in tells.items() if names)
+    return ValueError(
+        f"{file}: block {block}: the {slot} slot holds no known operator; {plan.path} wants "
+        f"{wanted(plan, block, slot)} there ({said})"
+    )
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def wanted(plan: GraftPlan, block: int, slot: str) -> str:
+    """What the plan has in a slot, for messages."""
+    entry = plan.graft_at(block, slot)
+    if entry is None:
+        return f"the original {slot}"
+    ratio = entry.config.get("expansion_ratio")
+    return repr(entry.operator) + (f" of expansion_ratio {ratio}" if ratio is not None else "")
 
 
 def check_tensor(
@@ -105,6 +159,22 @@ def check_tensor(
         raise ValueError(
             f"{file}: tensor {name} has shape {list(there.shape)}; the model of {model} needs "
             f"{list(here.shape)}{_meaning(name, there.shape, here.shape)}"
+        )
+    if there.dtype not in FLOATS or there.layout is not torch.strided:
+        kind = f"{there.layout}, {there.dtype}".replace("torch.", "").removeprefix("strided, ")
+        legal = " or ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+        raise ValueError(f"{file}: tensor {name} is {kind}; weights are {legal}")
+
+
+def check_finite(file: str, name: str, tensor: torch.Tensor) -> None:
+    """Raises ValueError when a tensor holds NaN or infinity."""
+    if tensor.is_meta or tensor.sum(dtype=torch.float64).isfinite():  # faster than all of them
+        return
+    bad = int((~tensor.isfinite()).sum())
+    if bad:
+        raise ValueError(
+            f"{file}: tensor {name}: {bad} of {tensor.numel()} values are not finite: the training "
+            "that wrote it had failed"
         )
 
 

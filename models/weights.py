@@ -4,6 +4,7 @@ import argparse
 import pickle
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +17,7 @@ NESTINGS = ("ema", "model", "state_dict")  # in this order, so that averages win
 # what DDP and torch.compile put into names, as whole components
 WRAPPERS = re.compile(r"(^|\.)(?:(?:module|_orig_mod)\.)+")
 PLAN_KEYS = {"model_name", "image_size", "num_classes", "grafts"}  # of GraftPlan.architecture()
+BEFORE_ZIP = b"\x80\x02\x8a\x0al\xfc\x9cF"  # how torch.save began before PyTorch 1.6
 
 State = Mapping[str, torch.Tensor]
 
@@ -36,7 +38,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict | N
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a folder, torn, holding other Python objects, or holding no tensors.
+        ValueError: a folder, torn, no weight file, holding other Python objects, or no tensors.
     """
     path = Path(path)
     if path.is_dir():
@@ -51,6 +53,9 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict | N
         raise ValueError(f"weights {path} hold no state dict (found {kind})")
     state: dict[str, torch.Tensor] = {}
     for name, tensor in content.items():
+        if not isinstance(name, str):
+            kind = type(name).__name__
+            raise ValueError(f"weights {path}: entry {name!r} has a name of type {kind}, not text")
         if not torch.is_tensor(tensor):
             kind = type(tensor).__name__
             raise ValueError(f"weights {path}: entry {name!r} is of type {kind}, not a tensor")
@@ -58,6 +63,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict | N
         if bare in state:
             raise ValueError(f"weights {path}: {name} and another entry both stand for {bare}")
         state[bare] = tensor
+    if path.suffix != ".safetensors":
+        _check_sums(path, state)
     return state, plan if isinstance(plan, dict) and plan.keys() >= PLAN_KEYS else None
 
 
@@ -83,25 +90,102 @@ def _read_safetensors(path: Path) -> dict:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"weights {path} cannot be read (torn?): {error}") from error
+        looks = _looks_like(path) or f"it is torn or damaged ({error}): fetch or save it again"
+        raise ValueError(f"weights {path} cannot be read: {looks}") from error
 
 
 def _read_pickle(path: Path) -> object:
-    if not zipfile.is_zipfile(path):
-        raise ValueError(
-            f"weights {path} cannot be read: torn, or in the format of PyTorch before 1.6"
-        )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for record in archive.infolist():
+                if record.filename.endswith("/data.pkl") and record.CRC:
+                    archive.read(record)  # raises where it is damaged
+            program = any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, RuntimeError, EOFError, OSError) as error:
+        looks = _looks_like(path) or f"it is torn or damaged ({error}): fetch or save it again"
+        raise ValueError(f"weights {path} cannot be read: {looks}") from error
+    if program:
+        raise ValueError(f"weights {path}: is a TorchScript program: save its state_dict instead")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             # mapped: of a training checkpoint only the weights are read, not the optimiser's state
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        first = str(error).splitlines()[0]
+    except Exception as error:  # a damaged pickle can raise anything
+        foreign = _foreign(path) if isinstance(error, pickle.UnpicklingError) else ""
+        if foreign:
+            raise ValueError(f"weights {path} is refused: {foreign}") from error
+        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"weights {path} is refused: torn, or holding more than plain tensors ({first})"
+            f"weights {path} cannot be read: it is damaged, or no weight file "
+            f"({type(error).__name__}: {reason})"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"weights {path} cannot be read (torn?): {error}") from error
+
+
+def _foreign(path: Path) -> str:
+    """What makes a pickle more than plain tensors; "" where it is damaged."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            found = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        except Exception:  # as above
+            return ""
+    named = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    return found and (
+        f"it holds Python objects ({named}) beside tensors, and loading such can run any program: "
+        "a file of the state_dict alone will do"
+    )
+
+
+def _looks_like(path: Path) -> str:
+    """What a file that does not open seems to be, and the way out; "" where nothing tells."""
+    with open(path, "rb") as file:
+        head = file.read(1000)
+    if not head.strip(b"\0"):
+        return "it is empty, as a download that never began leaves it: fetch it again"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer to the file: run git lfs pull, or fetch it again"
+    if head.lstrip()[:1] == b"<":
+        return "it is a web page, such as an error or a login: fetch it again"
+    if head.startswith(BEFORE_ZIP):
+        return (
+            "it has the format of PyTorch before 1.6: "
+            "torch.save(torch.load(path, weights_only=True), path) makes it new"
+        )
+    if head.startswith(b"\x80"):
+        return "it is a bare pickle, which torch.save did not write"
+    if head.startswith(b"PK") and path.suffix == ".safetensors":
+        return "it has PyTorch's format: give it the suffix .pt"
+    if head[8:9] == b"{" and path.suffix != ".safetensors":
+        return "it has the safetensors format: give it the suffix .safetensors"
+    if head.isascii() and head.split()[0].decode().isprintable():
+        return f"it is text, not weights ({head[:40].decode()!r})"
+    return ""
+
+
+def _check_sums(path: Path, state: State) -> None:
+    """Raises ValueError for a tensor whose bytes are not those that were saved.
+
+    torch.load does not look at the checksums that torch.save writes, and a download may have holes
+    though its end is there.
+    """
+    sums: dict[int, set[int]] = {}  # size of a record -> checksums
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            sums.setdefault(record.file_size, set()).add(record.CRC)
+    seen: set[int] = set()
+    for name, tensor in state.items():
+        if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+            continue
+        storage = tensor.untyped_storage()
+        # 0: torch.save was told to write no checksums
+        if storage.data_ptr() in seen or 0 in sums.get(storage.nbytes(), {0}):
+            continue
+        seen.add(storage.data_ptr())
+        content = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+        if zlib.crc32(content) not in sums[storage.nbytes()]:
+            raise ValueError(
+                f"weights {path}: tensor {name} is damaged (its checksum is wrong): fetch or save "
+                "the file again"
+            )
 
 
 def depth_of(state: State) -> int:

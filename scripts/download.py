@@ -11,14 +11,20 @@ right. Proxies are taken from the environment.
 """
 
 import argparse
+import contextlib
+import errno
+import fcntl
 import http.client
 import os
 import re
+import shutil
 import ssl
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 
 from tqdm import tqdm
@@ -34,6 +40,8 @@ from training import arguments, distributed
 ZOO = REPOSITORY / "configs" / "zoo.yaml"
 CHUNK = 1 << 20  # bytes
 TIMEOUT = 60.0  # seconds without a byte
+SIZE_TIMEOUT = 10.0  # seconds to ask for the size of a file that is there already
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NETWORK_ERRORS = (
     urllib.error.URLError,
     http.client.HTTPException,
@@ -41,6 +49,9 @@ NETWORK_ERRORS = (
     TimeoutError,
     ssl.SSLError,
 )
+
+AGENT = {"User-Agent": "grafting-download"}
+BAR = {"unit": "B", "unit_scale": True, "disable": None}
 
 DIT = "https://dl.fbaipublicfiles.com/DiT/models"
 HUB = "https://huggingface.co"
@@ -96,51 +107,101 @@ def fetch(url: str, path: Path, sha256: str = "") -> bool:
     """Downloads `url` to `path`; False when it was there already.
 
     What has come so far lies in `<path>.part`, from which a later call goes on where the server can
-    (HTTP ranges). `sha256`: what the file's hash must begin with; the hub's files are checked
-    against the hash that the hub sends along.
+    (HTTP ranges); only one process at a time writes it. `sha256`: what the file's hash must begin
+    with; the hub's files are checked against the hash that the hub sends along. Of a file that is
+    there already and whose hash is not known, the size is compared, where the server answers.
 
     Raises:
         FileNotFoundError: the server cannot be reached, or has no such file; says what to do.
-        ValueError: the connection ended too early, or the hash is wrong.
+        ValueError: the connection ended too early, the hash or the size is wrong, the disk is full,
+            or another process is at it.
     """
+    redirects = _Redirects()
+    opener = urllib.request.build_opener(redirects)
     if path.is_file():
-        _check_hash(path, sha256, f"{path} is not the file of {url}: delete it")
+        other = f"{path} is not the file of {url}: delete it"
+        _check_hash(path, sha256, other)
+        size = None if sha256 else _size(opener, url)
+        if size not in (None, path.stat().st_size):
+            raise ValueError(f"{other} ({path.stat().st_size} bytes, should be {size})")
         return False
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    redirects = _Redirects()
-    opener = urllib.request.build_opener(redirects)
-    try:
-        total = _receive(opener, url, part)
-    except NETWORK_ERRORS as error:
-        reason = getattr(error, "reason", None) or error
-        raise FileNotFoundError(
-            f"{url} cannot be fetched ({reason}): repeat the command, or get the file by other "
-            f"means and put it at {path}"
-        ) from error
-    size = part.stat().st_size
-    if total is not None and size != total:
-        raise ValueError(
-            f"{url}: the connection ended after {size} of {total} bytes: repeat the command to go "
-            "on"
-        )
-    try:
-        _check_hash(
-            part, sha256 or redirects.sha256, f"{url}: what came is damaged: repeat the command"
-        )
-    except ValueError:
-        part.unlink()
-        raise
-    write_whole(path, lambda whole: os.replace(part, whole))
+    with _claimed(part) as file:
+        if path.is_file():  # another process was faster
+            return False
+        try:
+            total = _receive(opener, url, file)
+        except NETWORK_ERRORS as error:
+            reason = getattr(error, "reason", None) or error
+            raise FileNotFoundError(
+                f"{url} cannot be fetched ({reason}): repeat the command, or fetch it where there "
+                f"is a network (curl -LO {url}) and put it at {path}"
+            ) from error
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise ValueError(
+                f"{part}: {error.strerror}: make room and repeat the command to go on"
+            ) from error
+        size = part.stat().st_size
+        if total is not None and size != total:
+            raise ValueError(
+                f"{url}: the connection ended after {size} of {total} bytes: repeat the command to "
+                "go on"
+            )
+        try:
+            _check_hash(
+                part, sha256 or redirects.sha256, f"{url}: what came is damaged: repeat the command"
+            )
+        except ValueError:
+            part.unlink()
+            raise
+        write_whole(path, lambda whole: os.replace(part, whole))
     return True
 
 
-def _receive(opener: urllib.request.OpenerDirector, url: str, part: Path) -> int | None:
-    """Appends the rest of `url` to `part`; returns the whole's size where it is known."""
-    start = part.stat().st_size if part.is_file() else 0
-    headers = {"User-Agent": "grafting-download"}
-    if start:
-        headers["Range"] = f"bytes={start}-"
+@contextlib.contextmanager
+def _claimed(part: Path) -> Iterator[RawIOBase]:
+    """`part`, opened for writing by this process alone; removed where nothing came.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    with open(part, "ab", buffering=0) as file:  # unbuffered: closing it cannot fail
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # it may have become whole, and got its own name, between opening and locking
+            mine = part.is_file() and os.path.samestat(os.fstat(file.fileno()), part.stat())
+        except BlockingIOError:
+            mine = False
+        except OSError:  # a file system without locks
+            mine = True
+        if not mine:
+            raise ValueError(f"{part}: another process is fetching this: wait until it has ended")
+        try:
+            yield file
+        finally:
+            if part.is_file() and part.stat().st_size == 0:
+                part.unlink()
+
+
+def _size(opener: urllib.request.OpenerDirector, url: str) -> int | None:
+    """The size of a file on its server, or None where it does not say."""
+    request = urllib.request.Request(url, headers=AGENT, method="HEAD")
+    try:
+        with opener.open(request, timeout=SIZE_TIMEOUT) as response:
+            size = response.headers.get("Content-Length")
+            page = response.headers.get_content_type() == "text/html"
+            return None if size is None or page else int(size)
+    except NETWORK_ERRORS:
+        return None
+
+
+def _receive(opener: urllib.request.OpenerDirector, url: str, file: RawIOBase) -> int | None:
+    """Appends the rest of `url` to `file`; returns the whole's size where it is known."""
+    start = file.tell()
+    headers = {**AGENT, "Range": f"bytes={start}-"} if start else AGENT
     try:
         response = opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
@@ -148,8 +209,8 @@ def _receive(opener: urllib.request.OpenerDirector, url: str, part: Path) -> int
             raise
         if error.headers.get("Content-Range") == f"bytes */{start}":
             return start  # it had come whole before
-        part.unlink()
-        return _receive(opener, url, part)
+        _empty(file)
+        return _receive(opener, url, file)
     with response:
         if response.headers.get_content_type() == "text/html":
             raise ValueError(
@@ -163,15 +224,25 @@ def _receive(opener: urllib.request.OpenerDirector, url: str, part: Path) -> int
                 raise ValueError(f"{url}: asked for bytes from {start}, got them from {first}")
         else:
             start = 0  # no ranges here: from the beginning
-        bar = tqdm(
-            total=total, initial=start, desc=part.stem, unit="B", unit_scale=True, disable=None
-        )
-        with bar, open(part, "r+b" if start else "wb") as file:
-            file.seek(start)
-            while chunk := response.read(CHUNK):
-                file.write(chunk)
+            _empty(file)
+        free = shutil.disk_usage(Path(file.name).parent).free
+        if total is not None and total - start > free:
+            raise ValueError(
+                f"{url}: {total - start} bytes are to come and {free} are free at {file.name}: "
+                "make room, or name another folder with --to"
+            )
+        bar = tqdm(total=total, initial=start, desc=Path(file.name).stem, **BAR)
+        with bar:
+            while chunk := memoryview(response.read(CHUNK)):
                 bar.update(len(chunk))
+                while chunk:
+                    chunk = chunk[file.write(chunk) :]
     return total
+
+
+def _empty(file: RawIOBase) -> None:
+    file.seek(0)
+    file.truncate()
 
 
 def _content_range(url: str, header: str | None) -> tuple[int, int | None]:
@@ -204,10 +275,17 @@ def _check_hash(path: Path, sha256: str, what: str) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    out_of_reach = []
     for item in [item for name in args.names for item in find_items(name)]:
         path = (args.to or REPOSITORY) / item.path
-        fetched = fetch(item.url, path, item.sha256)
-        print(f"{path}: {'fetched' if fetched else 'is there already'}", flush=True)
+        try:
+            fetched = fetch(item.url, path, item.sha256)
+        except FileNotFoundError as error:
+            out_of_reach.append(str(error))
+        else:
+            print(f"{path}: {'fetched' if fetched else 'is there already'}", flush=True)
+    if out_of_reach:
+        raise FileNotFoundError("\n".join(out_of_reach))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

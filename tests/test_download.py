@@ -2,8 +2,12 @@
 
 import hashlib
 import http.server
+import resource
+import shutil
 import socket
 import threading
+import time
+from collections import namedtuple
 
 import pytest
 
@@ -17,8 +21,14 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves CONTENT. Paths: /file with ranges, /plain without, /torn ends after a third and
-    /page is a web page; /hub redirects to /file and states a hash, /wronghub a wrong one."""
+    """Serves CONTENT. Paths: /file with ranges, /plain without, /torn ends after a third, /slow
+    when `server.go` is set, and /page is a web page; /hub redirects to /file and states a hash,
+    /wronghub a wrong one."""
+
+    def do_HEAD(self):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(CONTENT)))
+        self.end_headers()
 
     def do_GET(self):
         asked = self.headers.get("Range")
@@ -50,6 +60,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
+        if self.path == "/slow":
+            self.server.go.wait(10)
         self.wfile.write(body[: len(body) // 3] if self.path == "/torn" else body)
 
     def log_message(self, *_):
@@ -61,6 +73,7 @@ def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     running.asked = []
+    running.go = threading.Event()
     running.url = f"http://127.0.0.1:{running.server_port}"
     thread = threading.Thread(target=running.serve_forever, args=(0.01,))
     thread.start()
@@ -144,10 +157,70 @@ def test_other_file_of_the_same_name_is_kept_and_named(server, target):
     assert target.read_bytes() == b"mine" and server.asked == []
 
 
+def test_file_that_another_program_cut_short_is_named_by_its_size(server, target):
+    target.parent.mkdir()
+    target.write_bytes(CONTENT[:1000])
+    message = f"weights.pt is not the file of .*delete it .1000 bytes, should be {len(CONTENT)}"
+    with pytest.raises(ValueError, match=message):
+        download.fetch(f"{server.url}/file", target)
+    assert target.stat().st_size == 1000
+    target.write_bytes(CONTENT)
+    assert not download.fetch(f"{server.url}/file", target)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        gone = f"http://127.0.0.1:{unused.getsockname()[1]}/file"
+        assert not download.fetch(gone, target)  # nobody to ask
+    assert server.asked == []
+
+
+def test_two_at_once_do_not_write_the_same_file(server, target):
+    ends = []
+    first = threading.Thread(
+        target=lambda: ends.append(download.fetch(f"{server.url}/slow", target, SHA256))
+    )
+    first.start()
+    while not server.asked:
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match="part: another process is fetching this: wait until"):
+        download.fetch(f"{server.url}/file", target, SHA256)
+    server.go.set()
+    first.join()
+    assert ends == [True] and only(target)
+
+
+def test_part_that_was_renamed_before_it_could_be_locked_is_left_alone(target, monkeypatch):
+    leave_partial(target, CONTENT)
+
+    def lock(*_):
+        partial(target).rename(target)  # as a process does that ends just now
+
+    monkeypatch.setattr(download.fcntl, "flock", lock)
+    with pytest.raises(ValueError, match="another process"):
+        download.fetch("http://127.0.0.1:1/file", target)
+    assert only(target)
+
+
+def test_full_disk_keeps_what_came(server, target, monkeypatch):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=r"pt.part: .*: make room and repeat the command"):
+            download.fetch(f"{server.url}/file", target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not target.exists() and partial(target).stat().st_size == 3_000_000
+    usage = namedtuple("usage", "free")(len(CONTENT) - 3_000_001)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage)
+        with pytest.raises(ValueError, match="2120000 bytes are to come and 2119999 are free"):
+            download.fetch(f"{server.url}/file", target)
+    assert download.fetch(f"{server.url}/file", target, SHA256) and only(target)
+
+
 def test_web_page_is_no_weight_file(server, target):
     with pytest.raises(ValueError, match="a web page came"):
         download.fetch(f"{server.url}/page", target)
-    assert not target.exists()
+    assert list(target.parent.iterdir()) == []
 
 
 def test_missing_file_says_what_to_do(server, target):
@@ -165,9 +238,12 @@ def test_offline_ends_with_one_line_and_code_2(monkeypatch, tmp_path, capsys):
             distributed.run(
                 download.main, download.parse_args(["dit-xl2-256", "--to", str(tmp_path)])
             )
-    said = capsys.readouterr().err
-    assert exit_.value.code == 2
-    assert said.count("\n") == 1 and url in said and str(tmp_path / "pretrained/d.pt") in said
+        said = capsys.readouterr().err
+        assert exit_.value.code == 2 and said.count("\n") == 1
+        assert f"curl -LO {url}" in said and str(tmp_path / "pretrained/d.pt") in said
+        monkeypatch.setitem(download.ITEMS, "vae-ema", [download.Item(url, "pretrained/vae.pt")])
+        with pytest.raises(FileNotFoundError, match=r"pretrained/d.pt\n.*pretrained/vae.pt$"):
+            download.main(download.parse_args(["dit-xl2-256", "vae-ema", "--to", str(tmp_path)]))
 
 
 def test_main_puts_files_where_the_configs_look(server, monkeypatch, tmp_path, capsys):

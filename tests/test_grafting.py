@@ -8,6 +8,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from diffusion import create_diffusion
 from models.grafting import build_grafted, graft, load_plan, load_trained
 from models.selection import GraftPair
 from models.weights import operator_of, tensors_at
@@ -23,6 +24,7 @@ def files(tmp_path_factory):
     (folder / "wide.yaml").write_text("window_size: [8, 8]\n")
     (folder / "empty.yaml").write_text("{}\n")
     (folder / "r3.yaml").write_text("expansion_ratio: 3\n")
+    (folder / "x.yaml").write_text("short_filter_order: 4\n")
     torch.manual_seed(0)
     base, _ = build_grafted(load_plan(plan(folder, "base.yaml", grafts=[])))
     scramble(base)
@@ -190,6 +192,24 @@ def test_mis_wired_plan_is_refused(files, case):
         build_grafted(load_plan(path))
 
 
+def test_missing_base_says_which_block_needs_it(files):
+    path = plan(files[0], "less.yaml", [1], base_ckpt_path="gone.pt", grafted_dit_ckpt_path="75.pt")
+    message = (
+        r"'gone.pt' was found at none .*; block 2 needs its original mha .*75.pt holds .*'swa'"
+    )
+    with pytest.raises(FileNotFoundError, match=message):
+        build_grafted(load_plan(path))
+
+
+def test_unfinished_download_is_named(files):
+    folder = files[0]
+    (folder / "late.pt.part").write_bytes(b"begun")
+    path = plan(folder, "late.yaml", [1], base_ckpt_path="late.pt")
+    message = f"{folder}/late.pt.part is a download that has not ended; scripts/download.py"
+    with pytest.raises(FileNotFoundError, match=message):
+        build_grafted(load_plan(path))
+
+
 def test_missing_file_says_where_it_was_looked_for(files):
     path = plan(files[0], "gone.yaml", [1], base_ckpt_path="gone.pt")
     with pytest.raises(FileNotFoundError, match="base_ckpt_path: 'gone.pt' was found at none of"):
@@ -212,6 +232,128 @@ def test_damaged_base_is_refused(files, change):
     path = plan(folder, "dam.yaml", [1], base_ckpt_path="damaged.safetensors")
     with pytest.raises(ValueError, match="damaged.safetensors.*blocks.[13]"):
         build_grafted(load_plan(path))
+
+
+WQKV = "blocks.1.attn.Wqkv.weight"
+DAMAGED = {  # what the tensor becomes -> message
+    "gone": (lambda t: None, "1: the mha slot holds no .*wants 'swa' there .missing: Wqkv.weight"),
+    "whole numbers": (lambda t: t.long(), f"{WQKV} is int64; weights are float16 or bfloat16 or"),
+    "bytes": (lambda t: t.to(torch.uint8), f"{WQKV} is uint8"),
+    "booleans": (lambda t: t > 0, f"{WQKV} is bool"),
+    "complex": (lambda t: t.to(torch.complex64), f"{WQKV} is complex64"),
+    "quantised": (lambda t: t.to(torch.float8_e4m3fn), f"{WQKV} is float8_e4m3fn"),
+    "flat": (lambda t: t.flatten(), rf"{WQKV} has shape \[49152\].* needs \[384, 128\]"),
+    "diverged": (lambda t: t.index_fill(0, torch.tensor([3]), float("nan")),
+                 f"{WQKV}: 128 of 49152 values are not finite"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", DAMAGED)
+def test_damaged_tensor_is_refused_wherever_it_comes_from(files, change):
+    folder, _, ckpt, blocks = files
+    make, message = DAMAGED[change]
+    state = {n: t if n != WQKV else make(t) for n, t in ckpt.items()}
+    state = {n: t for n, t in state.items() if t is not None}
+    torch.save({"ema": state}, folder / "damaged.pt")
+    torch.save({"model": tensors_at(state, 1, "mha")}, folder / "damaged_graft.pt")
+    whole = load_plan(plan(folder, "dam.yaml", blocks, grafted_dit_ckpt_path="damaged.pt"))
+    with pytest.raises(ValueError, match=f"damaged.pt: .*{message}"):
+        build_grafted(whole)
+    with pytest.raises(ValueError, match=f"damaged.pt: .*{message}"):
+        load_trained(build_grafted(whole, weights=False)[0], whole, folder / "damaged.pt")
+    path = plan(folder, "dam.yaml", [1], base_ckpt_path="base.safetensors",
+                graft_weights={1: "damaged_graft.pt"})  # fmt: skip
+    message = message.replace("blocks.1.attn.", "")
+    with pytest.raises(ValueError, match=f"damaged_graft.pt.* block.*{message}"):
+        build_grafted(load_plan(path))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("file", ["same.pt", "same.safetensors"])
+def test_other_precisions_and_wrapped_names_load(files, file, dtype):
+    folder, _, ckpt, blocks = files
+    state = {f"_orig_mod.module.{n}": t.to(dtype) for n, t in ckpt.items()}
+    if file.endswith("t"):
+        torch.save({"state_dict": {"model": state}, "args": argparse.Namespace()}, folder / file)
+    else:
+        save_file(state, folder / file)
+    path = plan(folder, "same.yaml", blocks, grafted_dit_ckpt_path=file)
+    model, report = build_grafted(load_plan(path))
+    assert report.counts() == {"checkpoint": len(ckpt)}
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, ckpt[name].to(dtype).float()), name
+
+
+EVERY = [
+    ("mha", "swa", "swa.yaml", [1, 2]),
+    ("mha", "hyena_y", "hyena.yaml", [3]),
+    ("mha", "hyena_se", "x.yaml", [5]),
+    ("mha", "hyena_x", "x.yaml", [6]),
+    ("mha", "mamba2", "mamba.yaml", [7]),
+    ("mha", "mha", "empty.yaml", [9]),
+    ("mlp", "mlp", "r3.yaml", [1, 4]),
+    ("mlp", "mlp_hyena_x", "empty.yaml", [2, 8]),
+]
+
+
+def hybrid(folder, name, every=EVERY, **sample):
+    keys = ("type", "name", "config_filepath", "graft_indexes")
+    grafts = [dict(zip(keys, entry, strict=True)) for entry in every]
+    return load_plan(plan(folder, name, grafts=grafts, **sample))
+
+
+def test_hybrid_of_every_operator_in_both_slots_trains_and_loads(files):
+    folder, base = files[:2]
+    made = hybrid(folder, "all.yaml", base_ckpt_path="base.safetensors")
+    model, report = build_grafted(made)
+    assert [type(model.blocks[2].attn).__name__, type(model.blocks[2].mlp).__name__] == [
+        "SlidingWindowAttention", "MlpHyenaX"
+    ]  # fmt: skip
+    assert report.counts()["base"] == len(base) - 4 * sum(len(e[-1]) for e in EVERY)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    x, t = torch.randn(2, 4, 16, 16), torch.tensor([10, 900])
+    labels = {"y": torch.tensor([0, 8])}
+    create_diffusion("").training_losses(model, x, t, labels)["loss"].mean().backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    after = model.state_dict()
+    for slot, operator, _, blocks in EVERY:
+        places = [f"blocks.{b}.{'attn' if slot == 'mha' else 'mlp'}." for b in blocks]
+        names = [n for n in after if n.startswith(tuple(places))]
+        assert all(not torch.equal(before[n], after[n]) for n in names), operator
+    torch.save({"ema": after, "plan": made.architecture()}, folder / "all.pt")
+    torch.save({"ema": after}, folder / "all_bare.pt")
+    for file in ("all.pt", "all_bare.pt"):
+        again, report = build_grafted(hybrid(folder, "own.yaml", grafted_dit_ckpt_path=file))
+        assert report.counts() == {"checkpoint": len(after)}
+        torch.testing.assert_close(again.state_dict(), after, rtol=0, atol=0)
+        fresh = build_grafted(made, weights=False)[0]
+        load_trained(fresh, made, folder / file)
+        torch.testing.assert_close(fresh.state_dict(), after, rtol=0, atol=0)
+
+
+MIXED_UP = {  # entry of EVERY -> what it becomes; message with the file that does not tell
+    "operators exchanged": (3, ("mha", "hyena_y", "hyena.yaml", [6]),
+                            "block 6 holds 'hyena_x' in its mha slot; .*wants 'hyena_y' there"),
+    "one block on": (4, ("mha", "mamba2", "mamba.yaml", [8]),
+                     "block 8 holds the original mha in its mha slot; .*wants 'mamba2' there"),
+    "other slot's block": (7, ("mlp", "mlp_hyena_x", "empty.yaml", [2, 3]),
+                           "block 3 holds the original mlp .*wants 'mlp_hyena_x' of expansion_r"),
+    "one block more": (6, ("mlp", "mlp", "r3.yaml", [1, 4, 5]),
+                       "block 5 holds the original mlp .*wants 'mlp' of expansion_ratio 3 there"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MIXED_UP)
+def test_mixed_up_hybrid_is_refused(files, case):
+    folder = files[0]
+    if not (folder / "mixed.pt").exists():
+        model, _ = build_grafted(hybrid(folder, "made.yaml"), weights=False)
+        torch.save(model.state_dict(), folder / "mixed.pt")
+    number, entry, message = MIXED_UP[case]
+    other = [*EVERY[:number], entry, *EVERY[number + 1 :]]
+    sample = {"grafted_dit_ckpt_path": "mixed.pt", "base_ckpt_path": "base.safetensors"}
+    with pytest.raises(ValueError, match=f"mixed.pt: {message}"):
+        build_grafted(hybrid(folder, "mixed.yaml", other, **sample))
 
 
 @pytest.mark.parametrize("change", ["extra.weight", "blocks.3.gate.weight", "-pos_embed"])
@@ -352,7 +494,8 @@ def test_trained_checkpoint_must_be_of_the_plan(files, tmp_path):
     with pytest.raises(ValueError, match=message):
         load_trained(build_grafted(other, weights=False)[0], other, tmp_path / "c.pt")
     torch.save({"ema": ckpt}, tmp_path / "bare.pt")
-    with pytest.raises(ValueError, match="blocks.27.attn"):
+    message = "bare.pt: block 27 holds 'swa' in its mha slot; .*other.yaml wants the original mha"
+    with pytest.raises(ValueError, match=message):
         load_trained(build_grafted(other, weights=False)[0], other, tmp_path / "bare.pt")
 
 

@@ -77,6 +77,45 @@ def test_predecessor_schema_with_paths_beside_the_file(folder):
     assert str(plan.base_ckpt_path) == "pretrained/DiT-XL-2-256x256.pt"
 
 
+@pytest.mark.parametrize("start", ["configs", "./configs", "../configs"])
+def test_papers_files_load_from_anywhere(folder, start, monkeypatch):
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    path = elsewhere / "stage1.yaml"
+    path.write_text(
+        "operator:\n  type: 'mha'\n  name: \"hyena_y\"\n"
+        f"  config_filepath: {start}/sequence_mixers/hyena_y.yaml\n\n\n"
+        "sample_config:\n  init_type: graft\n  global_seed: 100\n  dit_model_name: DiT-XL/2\n"
+        "  grafted_dit_ckpt_path: None\n  samples_save_dir: ./results/demo/\n  image_size: 256\n"
+        "  graft_indexes:\n    - 6\n    - 16\n  \n  # a remark\n  graft_weights:\n"
+        '    - 6: "./results/seed=6/best_train.pt"\n    - 16: "./results/seed=16/best_train.pt"\n'
+    )
+    for place in (folder, elsewhere, REPOSITORY, REPOSITORY / "tests"):
+        monkeypatch.chdir(place)
+        plan = load_plan(path)
+        assert plan.seed == 100 and plan.grafted_blocks() == (6, 16)
+        assert plan.grafted_ckpt_path is None and plan.grafts[0].config["l_max"] == 1_000_000
+        assert plan.graft_weights[16, "mha"] == Path("results/seed=16/best_train.pt")
+    write_plan(plan, folder / "runs" / "new.yaml", {"mha": [16]})
+    new = load_plan(folder / "runs" / "new.yaml")
+    assert new.graft_weights == {(16, "mha"): Path("results/seed=16/best_train.pt")}
+
+
+def test_none_as_a_word_is_null_where_null_is_legal(folder):
+    words = dict.fromkeys(("grafted_dit_ckpt_path", "graft_weights", "base_ckpt_path"), "None")
+    plan = load_plan(write(folder, **words, graft_init="None", samples_save_dir="None"))
+    assert plan.grafted_ckpt_path is plan.base_ckpt_path is plan.graft_init is None
+    assert plan.graft_weights == {}
+    with pytest.raises(ValueError, match="dit_model_name: 'None'; legal names"):
+        load_plan(write(folder, dit_model_name="None"))
+
+
+def test_papers_training_files_are_refused_by_name(folder):
+    (folder / "stage2.yaml").write_text("train: {}\noperator: {}\ntrain_config: {wd: 0}\n")
+    with pytest.raises(ValueError, match="stage2.yaml: train_config: flags say how to train"):
+        load_plan(folder / "stage2.yaml")
+
+
 BAD = {
     "unknown key": ({"grafted_indexes": [1]}, "unknown key 'grafted_indexes'"),
     "block 28": ({"graft_indexes": [1, 28]}, "graft_indexes: block 28; legal blocks are 0 to 27"),
@@ -92,6 +131,8 @@ BAD = {
     "classes": ({"num_classes": 0}, "num_classes: 0"),
     "weights": ({"graft_weights": {2: "a.pt"}}, "graft_weights: 2: takes no graft"),
     "boolean weights": ({"graft_weights": {True: "a.pt"}}, "graft_weights: True: takes no graft"),
+    "weights twice": ({"graft_weights": [{1: "a"}, {1: "b"}]}, "names a block twice"),
+    "weights list": ({"graft_weights": ["a.pt"]}, "graft_weights: ['a.pt'] must be {block: file}"),
     "weights name": ({"graft_weights": {1: 5}}, "graft_weights: 1: 5 must be a file name"),
     "weights slot": ({"graft_weights": {1: {"mlp": "a"}}}, "1: 'mlp'; its grafted slots: mha"),
 }
@@ -134,6 +175,9 @@ def test_missing_operator_file_lists_all_places(folder):
         load_plan(write(folder, operator))
     for place in (folder, Path.cwd(), REPOSITORY):
         assert str(place / "nowhere.yaml") in str(error.value)
+    operator["config_filepath"] = "../nowhere.yaml"  # as if from a folder of the repository
+    with pytest.raises(FileNotFoundError, match=f"{REPOSITORY}/nowhere.yaml$"):
+        load_plan(write(folder, operator))
 
 
 NOT_YAML = {
@@ -162,6 +206,59 @@ def test_folder_and_missing_file_as_config(folder):
         load_plan(folder)
     with pytest.raises(FileNotFoundError, match="absent.yaml: no such file"):
         load_plan(folder / "absent.yaml")
+
+
+BAD_CONFIGS = {  # slot, operator, its file -> message
+    "tokens": ("mha", "hyena_se", "l_max: 63\n", "l_max 63 is less than the model's 64 tokens"),
+    "tokens of x": ("mha", "hyena_x", "l_max: 63\n", "l_max 63 is less than the model's 64 tokens"),
+    "tokens of y": ("mha", "hyena_y", "l_max: 63\n", "l_max 63 is less than the model's 64 tokens"),
+    "other tokens": ("mlp", "mlp_hyena_x", "l_max: 65\n", "l_max 65 differs from .* 64 tokens"),
+    "head size": ("mha", "mamba2", "headdim: 48\n", "headdim 48 does not divide .* d_model = 256"),
+    "groups": ("mha", "mamba2", "ngroups: 3\n", "ngroups 3 does not divide the 4 heads"),
+    "negative window": ("mha", "swa", "window_size: [-1, 4]\n", r"window_size \[-1, 4\] .* 0 or "),
+    "three windows": ("mha", "swa", "window_size: [1, 2, 3]\n", "window_size .* two whole numbers"),
+    "one window": ("mha", "swa", "window_size: 4\n", "window_size 4 .* two whole numbers"),
+    "heads": ("mha", "swa", "num_heads: 5\n", "num_heads 5 does not divide .* hidden size 128"),
+    "mha heads": ("mha", "mha", "num_heads: 3\n", "num_heads 3 does not divide .* hidden size 128"),
+    "key-value heads": ("mha", "swa", "num_heads_kv: 2\n", "num_heads_kv 2 .* num_heads 4"),
+    "width": ("mha", "hyena_y", "d_model: 64\n", "d_model 64 differs from .* hidden size 128"),
+    "ratio": ("mlp", "mlp", "expansion_ratio: 0.33\n", "expansion_ratio 0.33 of d_model 128"),
+    "file of the mlp slot": (
+        "mha", "swa", "d_model: 128\nexpansion_ratio: 3\ndropout: 0.0\n",
+        r"unknown key 'd_model' .*these are the keys of mlp \(mlp slot\)",
+    ),
+    "file of the mha slot": (
+        "mlp", "mlp", "embed_dim: 128\nnum_heads: 4\n",
+        r"unknown key 'embed_dim' .*these are the keys of swa \(mha slot\)",
+    ),
+    "mixer of the other slot": (
+        "mha", "hyena_x", "d_model: 128\nl_max: 64\nexpansion_ratio: 2\n",
+        r"unknown key 'expansion_ratio' .*these are the keys of mlp_hyena_x \(mlp slot\)",
+    ),
+    "file of another operator": (
+        "mha", "hyena_y", "d_model: 128\nd_state: 64\n",
+        r"unknown key 'd_state' .*these are the keys of mamba2 \(mha slot\)",
+    ),
+    "file of hyena_y": (
+        "mha", "hyena_x", "d_model: 128\ninner_filter_len: 4\n",
+        "inner_filter_len without short_filter_order is .* another Hyena .*the file of hyena_x",
+    ),
+    "file of hyena_x": (
+        "mha", "hyena_y", "d_model: 128\nshort_filter_order: 4\n",
+        "short_filter_order without inner_filter_len is .* another Hyena .*the file of hyena_y",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_bad_operator_file_names_block_slot_file_and_both_sides(folder, case):
+    slot, operator, text, message = BAD_CONFIGS[case]
+    (folder / "op.yaml").write_text(text)
+    entry = {"type": slot, "name": operator, "config_filepath": "op.yaml"}
+    where = rf"plan.yaml: operator \({slot} slot of blocks 1, 3\): {folder}/op.yaml: {operator}: "
+    with pytest.raises(ValueError, match=where + message) as error:
+        load_plan(write(folder, entry))
+    assert "\n" not in str(error.value)
 
 
 def test_bad_operator_file_is_named_once(folder):

@@ -1,5 +1,9 @@
 """Weight files: nesting, wrappers in names, and what is refused."""
 
+import os
+import pickle
+import zipfile
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -9,22 +13,112 @@ from models.weights import read_checkpoint, read_state
 ONE, TWO = torch.ones(1), torch.full((1,), 2.0)
 
 
+class Malicious:
+    """Makes the folder `ran` when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder / "ran"),)
+
+
 def saved(tmp_path, content):
     torch.save(content, tmp_path / "x.pt")
     return tmp_path / "x.pt"
 
 
-def test_torn_and_malicious_files_are_refused(tmp_path):
-    whole = saved(tmp_path, {"a": torch.zeros(1000)}).read_bytes()
-    (tmp_path / "torn.pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="torn.pt"):
-        read_state(tmp_path / "torn.pt")
-    torch.save({"model": {"a": torch.zeros(1)}, "hook": pytest.Item}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match="evil.pt is refused"):
-        read_state(tmp_path / "evil.pt")
-    (tmp_path / "torn.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
-    with pytest.raises(ValueError, match="torn.safetensors"):
-        read_state(tmp_path / "torn.safetensors")
+def pickled(tmp_path):
+    return saved(tmp_path, {"ema": {"a": torch.arange(1000.0), "b": TWO}}).read_bytes()
+
+
+def tensors(tmp_path):
+    save_file({"a": torch.arange(1000.0)}, tmp_path / "y.safetensors")
+    return (tmp_path / "y.safetensors").read_bytes()
+
+
+def script(tmp_path):
+    pickled(tmp_path)
+    with zipfile.ZipFile(tmp_path / "x.pt", "a") as archive:
+        archive.writestr("x/constants.pkl", b"")  # what tells such a file
+    return (tmp_path / "x.pt").read_bytes()
+
+
+def old_format(tmp_path):
+    torch.save({"a": ONE}, tmp_path / "y.pt", _use_new_zipfile_serialization=False)
+    return (tmp_path / "y.pt").read_bytes()
+
+
+UNREADABLE = {
+    "nothing": ("x.pt", lambda _: b"", "it is empty"),
+    "zeros": ("x.pt", lambda _: bytes(5000), "it is empty"),
+    "half": ("x.pt", lambda p: pickled(p)[:2000], "it is torn or damaged"),
+    "end cut off": ("x.pt", lambda p: pickled(p)[:-1], "it is torn or damaged"),
+    "half safetensors": ("x.safetensors", lambda p: tensors(p)[:2000], "it is torn or damaged"),
+    "long safetensors": ("x.safetensors", lambda p: tensors(p) + b"x", "it is torn or damaged"),
+    "web page": ("x.pt", lambda _: b"\n<!DOCTYPE html><html>404</html>", "it is a web page"),
+    "other web page": ("x.safetensors", lambda _: b"<html>Log in</html>", "it is a web page"),
+    "git lfs": (
+        "x.pt",
+        lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+        "it is a Git LFS pointer",
+    ),
+    "message": ("x.pt", lambda _: b'{"error": "denied"}', "it is text, not weights .'{.error"),
+    "pickle": ("x.pt", lambda p: pickle.dumps({"a": Malicious(p)}), "it is a bare pickle"),
+    "old format": ("x.pt", old_format, "it has the format of PyTorch before 1.6"),
+    "script": ("x.pt", script, "is a TorchScript program: save its state_dict"),
+    "safetensors as pt": ("x.pt", tensors, "the safetensors format: give it the suffix .safet"),
+    "pt as safetensors": ("x.safetensors", pickled, "PyTorch's format: give it the suffix .pt"),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_what_is_no_whole_weight_file_is_one_line_that_says_what_it_is(tmp_path, case):
+    name, content, message = UNREADABLE[case]
+    content = content(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"weights {tmp_path}/{name}.*{message}") as error:
+        read_state(tmp_path / name)
+    assert "\n" not in str(error.value) and not (tmp_path / "ran").exists()
+
+
+def test_pickles_of_more_than_tensors_are_refused_by_what_they_hold(tmp_path):
+    path = saved(tmp_path, {"ema": {"a": ONE}, "hook": Malicious(tmp_path)})
+    message = r"x.pt is refused: it holds Python objects \(posix.mkdir\) beside tensors"
+    with pytest.raises(ValueError, match=message) as error:
+        read_state(path)
+    assert not (tmp_path / "ran").exists() and "weights_only" not in str(error.value)
+    saved(tmp_path, torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.GELU(), torch.nn.Tanh()))
+    with pytest.raises(ValueError, match=r"refused: .*torch.nn.modules.\w+.GELU, .* and 1 more"):
+        read_state(path)
+
+
+def test_damage_that_leaves_the_ends_whole_is_found(tmp_path):
+    whole = pickled(tmp_path)
+    path = tmp_path / "x.pt"
+    hole = whole.index(torch.arange(500.0, 504.0).numpy().tobytes())
+    path.write_bytes(whole[:hole] + bytes(16) + whole[hole + 16 :])
+    with pytest.raises(ValueError, match="x.pt: tensor a is damaged .its checksum is wrong"):
+        read_state(path)
+    path.write_bytes(whole.replace(b"ema", b"emb", 1))
+    with pytest.raises(ValueError, match="x.pt cannot be read: it is torn or damaged .*CRC"):
+        read_state(path)
+    path.write_bytes(whole)
+    assert torch.equal(read_state(path)["a"], torch.arange(1000.0))
+
+
+def test_files_without_checksums_are_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        whole = pickled(tmp_path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(read_state(tmp_path / "x.pt")["a"], torch.arange(1000.0))
+    (tmp_path / "x.pt").write_bytes(
+        whole.replace(b"\x80\x02}q", b"\x80\x02]q")
+    )  # a list, not a dict
+    with pytest.raises(ValueError, match="x.pt cannot be read: it is damaged, or no weight file"):
+        read_state(tmp_path / "x.pt")
 
 
 def test_wrappers_go_as_whole_components_only(tmp_path):
@@ -55,6 +149,9 @@ def test_nesting_falls_to_the_first_that_holds_something(tmp_path):
             read_state(saved(tmp_path, content))
     with pytest.raises(ValueError, match="no state dict .found Tensor"):
         read_state(saved(tmp_path, ONE))
+    for content in ({5: ONE}, {"ema": {5: ONE}}):
+        with pytest.raises(ValueError, match="x.pt: entry 5 has a name of type int, not text"):
+            read_state(saved(tmp_path, content))
     with pytest.raises(ValueError, match="entry 'step' is of type int"):
         read_state(saved(tmp_path, {"ema": {"a": ONE, "step": 3}}))
 

@@ -6,6 +6,7 @@ values is tested in test_grafting.py.
 
 import argparse
 import json
+import pickle
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,27 @@ BLOCKS = {  # % of the blocks -> which
 }
 D = 1152
 PLAIN = CASES["DiT-XL/2@256"]["state_dict"]
+# arXiv 2506.05340, Tables 2 and 4: IS, FID, sFID, precision, recall
+PUBLISHED = """
+mlp-mlp_r_4-100p  277.72 2.54 4.52 .83 .57
+mlp-mlp_r_3-50p   272.14 2.53 4.51 .83 .57
+mlp-mlp_r_3-75p   279.72 2.61 4.61 .83 .56
+mlp-mlp_r_6-50p   278.00 2.38 4.50 .83 .58
+mlp-mlp_r_6-75p   277.94 2.37 4.48 .82 .58
+mlp-hyena_x-50p   265.60 2.64 4.66 .83 .56
+mlp-hyena_x-75p   226.13 3.26 4.79 .81 .55
+mha-mha-100p      287.81 2.49 4.71 .83 .56
+mha-hyena_se-50p  274.73 2.73 5.05 .82 .56
+mha-hyena_se-75p  231.15 3.62 6.04 .81 .54
+mha-hyena_x-50p   273.30 2.74 5.03 .83 .56
+mha-hyena_x-75p   229.11 3.69 6.10 .81 .53
+mha-hyena_y-50p   273.37 2.72 5.02 .83 .55
+mha-hyena_y-75p   228.99 3.66 5.95 .81 .53
+mha-swa-50p       280.62 2.67 4.90 .83 .56
+mha-swa-75p       249.99 3.09 5.54 .82 .55
+mha-mamba_2-50p   285.08 2.65 4.84 .83 .55
+mha-mamba_2-75p   257.66 3.02 5.48 .82 .53
+"""
 NAME = re.compile(r"dit-xl2-(mha|mlp)-(\w+)-(\d+)p-fid(\d\.\d\d)(_ablation)?")
 
 
@@ -104,6 +126,15 @@ def test_entry_agrees_with_its_name_and_its_config(model):
         assert str(plan.grafted_ckpt_path) == model["checkpoint"]
 
 
+def test_scores_are_the_published_ones():
+    rows = {name: values for name, *values in map(str.split, PUBLISHED.strip().splitlines())}
+    scored = [m for m in MODELS if not m["name"].endswith("_ablation")]
+    found = {re.sub("dit-xl2-|-fid.*", "", m["name"]): m["published"] for m in scored}
+    assert found.keys() == rows.keys()
+    for name, values in rows.items():
+        assert list(found[name].values()) == [float(value) for value in values], name
+
+
 @pytest.mark.parametrize("operator", ["swa", "hyena_y"])
 def test_learned_selection_takes_its_graft_and_the_base(operator, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -141,24 +172,65 @@ def changed(**changes):
     return {name: shape for name, shape in shapes.items() if shape is not None}
 
 
-def block_1_original():
-    original = {n: s for n, s in PLAIN.items() if n.startswith("blocks.1.attn.")}
-    return changed(
-        **{n: None for n in published_shapes(SWA["name"]) if "blocks.1.attn." in n}, **original
-    )
+def exchanged(one, two):
+    """The released file with the attention slots of two blocks exchanged."""
+    other = {
+        f"blocks.{one}.attn.": f"blocks.{two}.attn.",
+        f"blocks.{two}.attn.": f"blocks.{one}.attn.",
+    }
+
+    def renamed(name):
+        return re.sub(r"^blocks\.\d+\.attn\.", lambda m: other.get(m[0], m[0]), name)
+
+    return {renamed(name): shape for name, shape in published_shapes(SWA["name"]).items()}
 
 
 REFUSED = {
     "other operator": (
         published_shapes("dit-xl2-mha-hyena_y-50p-fid2.72"),
-        "block 1 .*hyena_y.*swa",
+        "block 1 holds 'hyena_y' in its mha slot; .*50p_swa.yaml wants 'swa' there",
     ),
-    "other blocks": (block_1_original(), "block 1 holds the original mha .*swa"),
-    "missing key": (changed(**{QKV: None}), r"block 1: .*Wqkv\.bias"),
-    "extra key": (changed(**{"blocks.1.attn.rotary": [8]}), r"block 1: .*rotary"),
-    "extra key outside": (changed(z_embedder=[8]), "z_embedder"),
-    "other width": (changed(**{QKV: [3 * D, 8]}), rf"{QKV} has shape \[{3 * D}, 8\]"),
+    "more blocks": (
+        published_shapes("dit-xl2-mha-swa-75p-fid3.09"),
+        r"DiT-XL-2-256x256.pt' was .*; block 2 needs its original mha .*holds the graft 'swa'",
+    ),
+    "other slot": (
+        published_shapes("dit-xl2-mlp-mlp_r_3-50p-fid2.53"),
+        "block 1 holds the original mha in its mha slot; .*50p_swa.yaml wants 'swa' there",
+    ),
+    "exchanged blocks": (
+        exchanged(1, 2),
+        "block 1 holds the original mha in its mha slot; .*50p_swa.yaml wants 'swa' there",
+    ),
+    "missing key": (
+        changed(**{QKV: None}),
+        r"block 1: the mha slot holds no .*wants 'swa' there \(missing: Wqkv\.weight\)",
+    ),
+    "missing bias": (changed(**{QKV.replace("weight", "bias"): None}), "Wqkv.bias is missing; the"),
+    "missing key outside": (changed(pos_embed=None), "tensor pos_embed is missing; the model of"),
+    "missing block": (
+        {n: s for n, s in changed().items() if not n.startswith("blocks.27.")},
+        "holds 27 blocks; DiT-XL/2 of .*50p_swa.yaml has 28",
+    ),
+    "extra key": (
+        changed(**{"blocks.1.attn.rotary": [8]}),
+        r"block 1: the mha slot holds no .*wants 'swa' there \(left over: rotary\)",
+    ),
+    "extra key beside": (changed(**{"blocks.1.gate": [8]}), "blocks.1.gate has no place in the"),
+    "extra key outside": (changed(z_embedder=[8]), "tensor z_embedder has no place in the model"),
+    "other width": (
+        changed(**{QKV: [3 * D, 8]}),
+        rf"{QKV} has shape \[{3 * D}, 8\]; .* needs \[{3 * D}, {D}\]",
+    ),
+    "other model": (
+        CASES["DiT-B/2@256"]["state_dict"],
+        "holds 12 blocks; DiT-XL/2 of .*50p_swa.yaml has 28",
+    ),
     "512 px": (changed(pos_embed=[1, 1024, D]), "pos_embed has shape .*another resolution"),
+    "9 classes": (
+        changed(**{"y_embedder.embedding_table.weight": [10, D]}),
+        "the file has 9 classes, the plan 1000",
+    ),
 }
 
 
@@ -168,4 +240,38 @@ def test_file_that_is_not_the_released_model_is_refused(case, monkeypatch, tmp_p
     monkeypatch.chdir(tmp_path)
     save(tmp_path / SWA["checkpoint"], shapes)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load(SWA)
+
+
+DAMAGED = {  # what becomes of the released file's bytes
+    "cut short": (lambda whole: whole[: len(whole) // 2], "model.pt cannot be read: it is torn"),
+    "never begun": (lambda whole: b"", "model.pt cannot be read: it is empty"),
+    "error page": (lambda whole: b"<html>404</html>", "model.pt cannot be read: it is a web page"),
+    "git lfs": (lambda whole: b"version https://git-lfs.github.com/spec/v1", "Git LFS pointer"),
+    "program": (lambda whole: pickle.dumps(print), "model.pt cannot be read: it is a bare pickle"),
+    "damaged list": (lambda whole: whole.replace(b"pos_embed", b"pos_embex"), "torn or damaged"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_released_file_that_did_not_arrive_whole_is_refused(case, monkeypatch, tmp_path):
+    change, message = DAMAGED[case]
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / SWA["checkpoint"]
+    save(path, published_shapes(SWA["name"]))
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match=message):
+        load(SWA)
+    path.rename(path.with_name("model.pt.part"))
+    with pytest.raises(FileNotFoundError, match=r"model.pt.part is a download that has not ended"):
+        load(SWA)
+
+
+@pytest.mark.parametrize("content", [{"ema": {}}, {"ema": {}, "model": {}}, {"ema": {"step": 3}}])
+def test_released_file_without_tensors_is_refused(content, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / SWA["checkpoint"]
+    path.parent.mkdir(parents=True)
+    torch.save(content, path)
+    with pytest.raises(ValueError, match="model.pt.* no state dict|entry 'step' is of type int"):
         load(SWA)
