@@ -3,7 +3,8 @@ r"""Learns which blocks of a grafted DiT keep their original operator.
 After TinyFusion (arXiv 2412.01199): both operators of every grafted block stay in the model. In
 each group of M blocks a Gumbel-softmax chooses, per sample, one of the ways to keep N originals;
 its logits are trained with the diffusion loss, together with LoRA on the frozen linear layers and
-with the grafted operators themselves.
+with the grafted operators themselves. A block is kept or grafted whole: where the YAML grafts both
+of its slots, both follow. With --candidates the grafts of several YAMLs compete for each block.
 
 Inputs:  a latent store (extract_features.py) and a graft YAML, commonly a 75 % graft.
 Outputs: <results-dir>/<prefix>-<model>/ with selection.json (the decision and its probabilities),
@@ -16,8 +17,6 @@ Outputs: <results-dir>/<prefix>-<model>/ with selection.json (the decision and i
 """
 
 import argparse
-import copy
-import sys
 import time
 from pathlib import Path
 
@@ -27,9 +26,10 @@ from tqdm import tqdm
 from diffusion import create_diffusion, noise
 from latents.loader import LatentLoader
 from latents.store import open_latents
-from models.grafting import build_grafted, with_base
+from models.grafting import build_choices, load_plan, variants_of, with_base
+from models.operators.accelerators import accelerate
 from models.plan import plan_from_flags
-from models.selection import GatedDiT, LayerGates
+from models.selection import GatedDiT, LayerGates, settle
 from training import arguments, checkpoint, distributed, precision
 from training.compilation import compile_step
 from training.draws import draw
@@ -45,9 +45,10 @@ from training.selection_report import (
     write_trajectory_line,
 )
 
+GRAFTED = (".graft.", ".grafts.")  # in the names of grafted operators' tensors
 # A resumed run must have these flags as it was begun with
-FIXED = ("groups", "pin", "delta_w", "lora", "lora_rank", "tau_range", "scaling_range", "lr")
-FIXED += ("gate_lr", "clip_grad", "class_dropout", "ema_decay")
+FIXED = ("candidates", "groups", "pin", "delta_w", "lora", "lora_rank", "lora_alpha", "tau_range")
+FIXED += ("scaling_range", "lr", "gate_lr", "clip_grad", "class_dropout", "ema_decay")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -60,40 +61,31 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("--lora needs --delta-w: together they train low-rank updates")
     plan = plan_from_flags(args.config_filepath, None, args.image_size, args.num_classes)
     plan = with_base(plan, args.load_weight)
-    slots = sorted({g.slot for g in plan.grafts})
-    if len(slots) != 1:
-        held = f"grafts in both slots ({', '.join(slots)})" if slots else "no grafts"
-        raise ValueError(f"{plan.path}: has {held}; selection needs grafts in one slot")
-    pinned = sorted({*args.pin, *(b for b in range(plan.depth) if b not in plan.grafted_blocks())})
-    gates = LayerGates(plan.depth, args.groups, pinned)
+    plans = [plan, *(with_base(load_plan(file), args.load_weight) for file in args.candidates)]
+    gates = LayerGates(plan.depth, args.groups, args.pin, variants=variants_of(plans))
     store = open_latents(args.data_path, num_classes=plan.num_classes)
     store.check_shape((4, plan.input_size, plan.input_size), f"{plan.model_name} of {plan.path}")
-    folder = Path(args.results_dir) / f"{args.prefix}-{plan.model_name.replace('/', '-')}"
-    steps_per_epoch = len(store) // args.global_batch_size
-    total_steps = min(args.epochs * steps_per_epoch, args.max_steps or sys.maxsize)
-    order = {
-        "images": len(store),
-        "global_batch_size": args.global_batch_size,
-        "global_seed": args.global_seed,
-        "total_steps": total_steps,
-    }
+    extent = checkpoint.extent(args, plan, len(store))
+    folder, total_steps = extent.folder, extent.total_steps
     resumed = checkpoint.find(world, args.resume, folder)
     start_step = 0
     if resumed is not None:
-        start_step = checkpoint.check(resumed, plan, args, order, FIXED)
+        start_step = checkpoint.check(resumed, plan, args, extent.order, FIXED)
     loader = LatentLoader(
         store, args.global_batch_size, world, args.global_seed, start_step, args.num_workers
     )
 
-    # Model: pairs of original and graft in every grafted block; what is trained beside the gates
-    model, report = build_grafted(plan, pairs=True)
+    # Model: original and grafts in every open block; what is trained beside the gates
+    model, reports = build_choices(plans, args.global_seed)
+    settle(model, dict.fromkeys(gates.pinned, 0))
     adapted: list[str] = []
     if args.lora:
-        adapted = add_lora(model, args.lora_rank, 2 * args.lora_rank, exclude=".graft.")
+        alpha = 2 * args.lora_rank if args.lora_alpha is None else args.lora_alpha
+        adapted = add_lora(model, args.lora_rank, alpha, exclude=GRAFTED)
     for name, parameter in model.named_parameters():
-        is_graft = ".graft." in name
+        is_update = "lora_" in name or any(text in name for text in GRAFTED)
         parameter.requires_grad_(
-            name != "pos_embed" and args.delta_w and (not args.lora or is_graft or "lora_" in name)
+            name != "pos_embed" and args.delta_w and (not args.lora or is_update)
         )
     gated = GatedDiT(model, gates)
     gated.to(world.device).train()
@@ -103,9 +95,13 @@ def main(args: argparse.Namespace) -> None:
     trajectory = folder / TRAJECTORY
     if world.main:
         cut_records(trajectory, start_step)
-    log.info(f"{plan.describe()}; groups {args.groups}, pinned {pinned}")
-    for line in report.lines() if resumed is None else [f"resumed at step {start_step}"]:
-        log.info(line)
+    for each, report in zip(plans, reports, strict=True):
+        log.info(each.describe())
+        for line in report.lines() if resumed is None else []:
+            log.info(line)
+    if resumed is not None:
+        log.info(f"resumed at step {start_step}")
+    log.info(f"groups {args.groups}, pinned {list(gates.pinned)}, {gates.variants} kinds of graft")
     weights = [p for p in model.parameters() if p.requires_grad]
     log.info(
         f"training {count(gates.parameters())} gate logits and {count(weights):,} of "
@@ -113,6 +109,8 @@ def main(args: argparse.Namespace) -> None:
         f"images: {total_steps:,} steps of {args.global_batch_size} on {world.size} x "
         f"{world.device.type}, {dtype}"
     )
+    for line in accelerate(model, world.device, dtype, model.num_tokens, args.kernels):
+        log.info(line)
 
     # Optimiser, averages, wrappers
     groups = [{"params": list(gates.parameters()), "lr": args.gate_lr}]
@@ -123,17 +121,7 @@ def main(args: argparse.Namespace) -> None:
     guard = StepGuard(optimizer, args.clip_grad)
     ema = Ema(gated, args.ema_decay)
     run = checkpoint.RunState(
-        folder,
-        world,
-        plan,
-        args,
-        steps_per_epoch=steps_per_epoch,
-        order=order,
-        model=gated,
-        ema=ema,
-        opt=optimizer,
-        sched=lr,
-        guard=guard,
+        extent, world, plan, args, model=gated, ema=ema, opt=optimizer, sched=lr, guard=guard
     )
     if resumed is not None:
         run.restore(resumed)
@@ -145,12 +133,6 @@ def main(args: argparse.Namespace) -> None:
     diffusion = create_diffusion("")
     options = sum(o.shape[0] for o in gates.options)
 
-    def averaged_gates() -> LayerGates:
-        average = copy.deepcopy(gates)
-        state = {n.removeprefix("gates."): t for n, t in ema.state_dict().items()}
-        average.load_state_dict({n: state[n] for n in average.state_dict()})
-        return average
-
     # Training
     running = torch.zeros(2, device=world.device)  # sum of the loss since the last line, how many
     logged_step, logged_at = start_step, time.perf_counter()
@@ -160,8 +142,7 @@ def main(args: argparse.Namespace) -> None:
         if batch.step >= total_steps:
             break
         done = batch.step / max(total_steps - 1, 1)
-        tau = args.tau_range[0] + (args.tau_range[1] - args.tau_range[0]) * done
-        scaling = args.scaling_range[0] + (args.scaling_range[1] - args.scaling_range[0]) * done
+        tau, scaling = ramp(args.tau_range, done), ramp(args.scaling_range, done)
         seed, epoch, index = args.global_seed, batch.epoch, batch.index
         x = latents(batch.moments, index, seed, epoch)  # [B,C,H,W]
         draws = draws_of(
@@ -192,7 +173,7 @@ def main(args: argparse.Namespace) -> None:
             total, number = distributed.sum_across(world, running).tolist()
             mean = total / max(1, number)
             rate = (step - logged_step) / (time.perf_counter() - logged_at)
-            average = averaged_gates()
+            average = ema.averaged("gates")
             confidence = [p.max().item() for p in average.probabilities(scaling)]
             log.metrics(
                 step,
@@ -221,8 +202,8 @@ def main(args: argparse.Namespace) -> None:
 
     # The answer
     if world.main:
-        average = averaged_gates()
-        answer = decision(average, plan, scaling)
+        average = ema.averaged("gates")
+        answer = decision(average, plans, scaling, trajectory, total_steps)
         provenance = {
             "steps": total_steps,
             "settings": vars(args),
@@ -231,10 +212,10 @@ def main(args: argparse.Namespace) -> None:
             "device": world.device.type,
             "precision": str(dtype).removeprefix("torch."),
         }
-        write_answer(folder, answer, average, plan, report, provenance)
+        write_answer(folder, answer, average, plans, reports, provenance)
         if args.save_model is not None:
             gated.load_state_dict(ema.state_dict(), strict=True)
-            written = save_merged(Path(args.save_model), model, plan, answer)
+            written = save_merged(Path(args.save_model), model, average, plans)
             log.info(f"saved the merged model as {args.save_model}, to finetune by {written}")
         log.info(f"keeps {answer['kept']}")
         log.info(f"grafts {answer['grafted']}; next: --config {folder}/selected.yaml")
@@ -243,11 +224,23 @@ def main(args: argparse.Namespace) -> None:
     distributed.stop()
 
 
+def ramp(ends: list[float], done: float) -> float:
+    """Linear from ends[0] to ends[1] as `done` goes from 0 to 1."""
+    return ends[0] + (ends[1] - ends[0]) * done
+
+
 def parse_args() -> argparse.Namespace:
     parser = arguments.parser(__doc__)
     add = parser.add_argument_group("model and data").add_argument
     add("--data-path", required=True, help="latent store, from extract_features.py")
     add("--config-filepath", "--config", required=True, help="graft YAML to choose from")
+    add(
+        "--candidates",
+        nargs="*",
+        default=[],
+        metavar="YAML",
+        help="further graft YAMLs of the same model whose operators compete with --config's",
+    )
     add("--load-weight", help="base DiT checkpoint, instead of the YAML's base_ckpt_path")
     add("--image-size", type=arguments.positive, help="pixels; must agree with the YAML")
     add("--num-classes", type=arguments.positive, help="must agree with the YAML")
@@ -255,12 +248,20 @@ def parse_args() -> argparse.Namespace:
     add(
         "--groups",
         default="2:4",
-        help="N:M keeps N originals in every M blocks; 2:4,1:8,... gives each group its own",
+        help="N:M keeps N originals in every M blocks (1:2, 3:4, 7:14, ...); 2:4,1:8,... gives "
+        "each group its own",
     )
-    add("--pin", type=int, nargs="*", default=[], help="further blocks that keep their original")
+    add(
+        "--pin",
+        type=int,
+        nargs="*",
+        default=[],
+        help="blocks to keep, beside those without a graft",
+    )
     add("--delta-w", action="store_true", help="train weights too, not the gates alone")
     add("--lora", action="store_true", help="with --delta-w: LoRA on all but the grafts")
-    add("--lora-rank", type=arguments.positive, default=8, help="rank; alpha is twice the rank")
+    add("--lora-rank", type=arguments.positive, default=8, help="rank of each update")
+    add("--lora-alpha", type=arguments.rate, help="updates are scaled by alpha / rank (2 x rank)")
     add(
         "--tau-range",
         type=arguments.rate,

@@ -1,7 +1,8 @@
 """The class-conditional diffusion transformer DiT (arXiv 2212.09748) and its presets.
 
 Tensor names and shapes are those of the published checkpoints. The two slots of a block, `attn` and
-`mlp`, take any operator [B,T,D] -> [B,T,D], or a GraftPair of two.
+`mlp`, take any operator [B,T,D] -> [B,T,D], or a GraftPair or
+GraftChoice of several.
 """
 
 import math
@@ -11,7 +12,7 @@ import torch
 from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import nn
 
-from models.selection import GraftPair
+from models.selection import GraftChoice, GraftPair
 
 TIMESTEP_FEATURES = 256
 MAX_PERIOD = 10_000
@@ -149,7 +150,7 @@ class DiTBlock(nn.Module):
     def forward(
         self, x: torch.Tensor, c: torch.Tensor, keep: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """x [B,T,D], condition c [B,D], this block's keep (None, 0-d or [B]) -> [B,T,D]"""
+        """x [B,T,D], condition c [B,D], this block's keep (see DiT.forward) -> [B,T,D]"""
         parts = self.adaLN_modulation(c).chunk(6, dim=1)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = parts
         h = modulate(self.norm1(x), shift_attn, scale_attn)
@@ -159,7 +160,7 @@ class DiTBlock(nn.Module):
 
 
 def _run_slot(slot: nn.Module, h: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
-    return slot(h, keep) if isinstance(slot, GraftPair) else slot(h)
+    return slot(h, keep) if isinstance(slot, (GraftPair, GraftChoice)) else slot(h)
 
 
 class FinalLayer(nn.Module):
@@ -260,16 +261,34 @@ class DiT(nn.Module):
         """x [B,C,H,W], t [B] in 0..999, y [B] -> [B, 2C or C, H, W].
 
         keep [depth] or [B, depth]: for blocks that hold a GraftPair, 1 keeps the original operator,
-        0 takes the graft, values between mix; entries of other blocks are not read. drop bool [B]:
-        labels to replace by the null class; None draws them in training with class_dropout_prob.
-        ValueError for wrong shapes, or for a model that holds pairs and gets no keep.
+        0 takes the graft, values between mix; entries of other blocks are not read. [1 or B, depth,
+        1 + variants] for a model of GraftChoices: the share of the original and of each variant.
+        drop bool [B]: labels to replace by the null class; None draws them in training with
+        class_dropout_prob. ValueError for wrong shapes, or for a model whose slots are open and
+        that gets no keep.
         """
+        x, c = self.run_blocks(x, t, y, keep, drop)
+        return self.unpatchify(self.final_layer(x, c))
+
+    def run_blocks(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor,
+        keep: torch.Tensor | None = None,
+        drop: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward` up to the last block -> tokens [B,T,D] and condition [B,D]."""
         self._check_shapes(x, t, y, keep, drop)
         x = self.x_embedder(x) + self.pos_embed  # B T D
         c = self.t_embedder(t) + self.y_embedder(y, drop)  # B D
-        for i, block in enumerate(self.blocks):
-            x = block(x, c, None if keep is None else keep[..., i])
-        return self.unpatchify(self.final_layer(x, c))
+        if keep is None:
+            shares = [None] * len(self.blocks)
+        else:
+            shares = keep.unbind(-1 if keep.ndim < 3 else 1)  # 0-d, [B], or [B, 1 + variants]
+        for block, share in zip(self.blocks, shares, strict=True):
+            x = block(x, c, share)
+        return x, c
 
     def forward_with_cfg(
         self,
@@ -326,7 +345,8 @@ class DiT(nn.Module):
             if value is not None and tuple(value.shape) != (B,):
                 raise ValueError(f"{name} has shape {list(value.shape)}; for this x it is [{B}]")
         depth = len(self.blocks)
-        if keep is not None and tuple(keep.shape) not in ((depth,), (B, depth)):
+        if keep is not None and tuple(keep.shape[:2]) not in ((depth,), (B, depth), (1, depth)):
             raise ValueError(
-                f"keep has shape {list(keep.shape)}; legal is [{depth}] or [{B}, {depth}]"
+                f"keep has shape {list(keep.shape)}; legal is [{depth}] or [{B}, {depth}], and "
+                f"[{B}, {depth}, 1 + variants] where several grafts compete"
             )

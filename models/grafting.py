@@ -11,6 +11,7 @@ from the plan inside it; of a file without one, a slot is read as the graft wher
 self-grafts it and as the original elsewhere, with a note.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,19 +19,21 @@ import torch
 from models.dit import DiT, build_dit
 from models.operators import build_operator
 from models.plan import Graft, GraftPlan, differences, load_plan, with_base
-from models.selection import GraftPair
+from models.selection import GraftChoice, GraftPair
 from models.tensor_sources import LoadReport, TensorSources
-from models.weight_files import check_whole, refuse_selection
+from models.weight_files import check_finite, check_slots, check_whole, refuse_selection
 from models.weights import SLOTS, read_checkpoint
 
 __all__ = [
     "Graft",
     "GraftPlan",
     "LoadReport",
+    "build_choices",
     "build_grafted",
     "graft",
     "load_plan",
     "load_trained",
+    "variants_of",
     "with_base",
 ]
 
@@ -85,6 +88,60 @@ def build_grafted(
     return model, report
 
 
+def variants_of(plans: Sequence[GraftPlan]) -> list[list[int]]:
+    """For each block the plans that graft it, counted from 1: `LayerGates`' variants.
+
+    Raises:
+        ValueError: a plan without grafts, or plans of different models.
+    """
+    for plan in plans:
+        if not plan.grafts:
+            raise ValueError(f"{plan.path}: has no grafts; selection chooses between them")
+        for key in ("model_name", "image_size", "num_classes"):
+            first, value = getattr(plans[0], key), getattr(plan, key)
+            if value != first:
+                raise ValueError(
+                    f"{plan.path}: {key} {value} differs from {first} of {plans[0].path}: grafts "
+                    "that compete are of one model"
+                )
+    return [
+        [v for v, plan in enumerate(plans, start=1) if block in plan.grafted_blocks()]
+        for block in range(plans[0].depth)
+    ]
+
+
+def build_choices(plans: Sequence[GraftPlan], seed: int) -> tuple[DiT, list[LoadReport]]:
+    """A model for selection in which the grafts of several plans compete, one variant a plan.
+
+    Every slot that some plan grafts holds a GraftPair (of one plan) or a GraftChoice (of several).
+    All that no graft can touch, and the originals, are the first plan's. Fresh grafts of each plan
+    start from `seed`, so that another call gives the same model.
+
+    Raises:
+        FileNotFoundError, ValueError: as `build_grafted`.
+    """
+    torch.manual_seed(seed)
+    model, report = build_grafted(plans[0], pairs=True)
+    if len(plans) == 1:
+        return model, [report]
+    reports, others = [report], []
+    for variant, plan in enumerate(plans[1:], start=2):
+        torch.manual_seed(seed + variant)
+        other, report = build_grafted(plan, pairs=True)
+        others.append(other)
+        reports.append(report)
+    for i, block in enumerate(model.blocks):
+        for slot in SLOTS.values():
+            holders = [getattr(m.blocks[i], slot) for m in (model, *others)]
+            found = [h for h in holders if isinstance(h, GraftPair)]
+            if found:
+                takes = [found.index(h) if isinstance(h, GraftPair) else None for h in holders]
+                own = getattr(block, slot)
+                original = own.original if isinstance(own, GraftPair) else own
+                setattr(block, slot, GraftChoice(original, [h.graft for h in found], takes))
+    return model, reports
+
+
 def load_trained(model: DiT, plan: GraftPlan, path: str | Path) -> None:
     """Loads a whole trained model, in place: a checkpoint of this plan, or weights of its shape.
 
@@ -97,5 +154,8 @@ def load_trained(model: DiT, plan: GraftPlan, path: str | Path) -> None:
     differing = "" if stored is None else differences(plan.architecture(), stored)
     if differing:
         raise ValueError(f"{path}: was trained with another plan than {plan.path}: {differing}")
+    check_slots(str(path), state, plan)
     check_whole(str(path), state, model.state_dict(), plan)
+    for name, tensor in state.items():
+        check_finite(str(path), name, tensor)
     model.load_state_dict(state, strict=True)

@@ -8,6 +8,7 @@ where both slots of the block are grafted.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,7 +49,7 @@ SAMPLE_KEYS = {
     "samples_save_dir": (str, type(None)),  # read by nothing: --sample-dir decides
     "image_size": int,
     "graft_indexes": (list, type(None)),
-    "graft_weights": (dict, type(None)),
+    "graft_weights": (dict, list, type(None)),  # a list of {block: file} in one of the paper's
     "base_ckpt_path": (str, type(None)),
     "num_classes": int,
     "vae": str,
@@ -71,8 +72,12 @@ def load_plan(path: str | Path) -> GraftPlan:
     """
     path = Path(path)
     content = read_yaml(path)
+    if "train_config" in content:
+        raise ValueError(
+            f"{path}: train_config: flags say how to train; what is grafted stands in sample_config"
+        )
     check_keys(path, "top level", content, TOP_KEYS, required=("sample_config",))
-    sample = content["sample_config"]
+    sample = _without_none_words(content["sample_config"])
     check_keys(path, "sample_config", sample, SAMPLE_KEYS, ("dit_model_name", "image_size"))
     name = sample["dit_model_name"]
     if name not in PRESETS:
@@ -109,6 +114,16 @@ def load_plan(path: str | Path) -> GraftPlan:
         graft_init=sample.get("graft_init"),
         vae=sample.get("vae", "ema"),
     )
+
+
+def _without_none_words(sample: dict) -> dict:
+    """`sample` with null for "None", which the predecessor's files write for it."""
+
+    def nullable(key: object) -> bool:
+        types = SAMPLE_KEYS.get(key)
+        return isinstance(types, tuple) and type(None) in types
+
+    return {k: None if v in ("None", "none") and nullable(k) else v for k, v in sample.items()}
 
 
 def _read_grafts(
@@ -177,15 +192,24 @@ def _graft(path: Path, where: str, entry: dict, blocks: tuple[int, ...], sizes: 
     try:
         config = complete_config(operator, config, **sizes)
     except ValueError as error:
-        raise ValueError(f"{path}: {where}: {config_path}: {error}") from error
+        place = f"{where} ({slot} slot of blocks {', '.join(map(str, blocks))})"
+        raise ValueError(f"{path}: {place}: {config_path}: {error}") from error
     return Graft(slot, operator, config, blocks)
 
 
 def _read_graft_weights(
     path: Path, sample: dict, grafts: tuple[Graft, ...]
 ) -> dict[tuple[int, str], Path]:
+    given = sample.get("graft_weights") or {}
+    if isinstance(given, list):
+        if not all(isinstance(entry, dict) for entry in given):
+            raise ValueError(f"{path}: graft_weights: {given!r} must be {{block: file}}")
+        pairs = [pair for entry in given for pair in entry.items()]
+        given = dict(pairs)
+        if len(given) < len(pairs):
+            raise ValueError(f"{path}: graft_weights: names a block twice")
     weights = {}
-    for block, files in (sample.get("graft_weights") or {}).items():
+    for block, files in given.items():
         where = f"{path}: graft_weights: {block!r}"
         slots = [g.slot for g in grafts if type(block) is int and block in g.blocks]
         if not slots:
@@ -279,7 +303,13 @@ def _plain_plan(model: str | None, image_size: int, num_classes: int) -> GraftPl
 # -- writing -------------------------------------------------------------------
 
 
-def write_plan(plan: GraftPlan, path: Path, blocks: dict[str, list[int]], header: str = "") -> None:
+def write_plan(
+    plan: GraftPlan,
+    path: Path,
+    blocks: dict[str, list[int]],
+    header: str = "",
+    beside: Sequence[tuple[GraftPlan, list[int]]] = (),
+) -> None:
     """Writes a YAML like the plan's own, with other blocks grafted.
 
     Args:
@@ -288,36 +318,39 @@ def write_plan(plan: GraftPlan, path: Path, blocks: dict[str, list[int]], header
         blocks: slot -> blocks that take the plan's operator of that slot; a slot that is left out
             keeps its blocks.
         header: comment lines for the top.
+        beside: further plans whose grafts stand in the same model, and the blocks that take them;
+            of these plans only operators and `graft_weights` are read.
     """
     source, folder = read_yaml(plan.path), path.parent.resolve()
 
     def lead(name: str | Path, key: str) -> str:
-        if not any(place.exists() for place in places(name, plan.path)):
-            return str(name)
-        return os.path.relpath(find_file(name, plan.path, key), folder)
+        return _lead(plan, folder, name, key)
 
-    entries = [source["operator"]] if "operator" in source else source["grafts"]
-    grafts = []
-    for entry, graft in zip(entries, plan.grafts, strict=True):
-        chosen = [b for b in graft.blocks if b in blocks.get(graft.slot, graft.blocks)]
-        file = lead(entry["config_filepath"], "config_filepath")
-        if chosen:
-            grafts.append({**entry, "config_filepath": file, "graft_indexes": chosen})
+    parts = [(plan, _entries(plan, folder, blocks))]
+    for other, chosen in beside:
+        parts.append((other, _entries(other, folder, dict.fromkeys(SLOT_NAMES, chosen))))
+    grafts = [entry for _, entries in parts for entry in entries]
 
     sample = dict(source["sample_config"])
     for key in ("samples_save_dir", "graft_indexes", "graft_weights"):
         sample.pop(key, None)
     base = plan.base_ckpt_path
     sample["base_ckpt_path"] = None if base is None else lead(base, "base_ckpt_path")
-    if plan.grafted_ckpt_path is not None:
-        sample["grafted_dit_ckpt_path"] = lead(plan.grafted_ckpt_path, "grafted_dit_ckpt_path")
+    start = plan.grafted_ckpt_path
+    sample["grafted_dit_ckpt_path"] = (
+        None if start is None else lead(start, "grafted_dit_ckpt_path")
+    )
+    sample.pop("graft_init", None)
+    if plan.graft_init is not None:
+        sample["graft_init"] = plan.graft_init
     if "vae" in sample and sample["vae"] not in VAE_NAMES:
         sample["vae"] = lead(sample["vae"], "vae")
     weights: dict[int, dict[str, str]] = {}
-    for (block, slot), file in plan.graft_weights.items():
-        if any(g["type"] == slot and block in g["graft_indexes"] for g in grafts):
-            weights.setdefault(block, {})[slot] = lead(file, "graft_weights")
-    if "operator" in source and grafts:
+    for owner, entries in parts:
+        for (block, slot), file in owner.graft_weights.items():
+            if any(g["type"] == slot and block in g["graft_indexes"] for g in entries):
+                weights.setdefault(block, {})[slot] = _lead(owner, folder, file, "graft_weights")
+    if "operator" in source and grafts and not beside:
         sample["graft_indexes"] = grafts[0].pop("graft_indexes")
         content = {"operator": grafts[0], "sample_config": sample}
     else:
@@ -331,3 +364,23 @@ def write_plan(plan: GraftPlan, path: Path, blocks: dict[str, list[int]], header
     text = "".join(f"# {line}\n" for line in header.splitlines())
     text += yaml.safe_dump(content, sort_keys=False)
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _lead(plan: GraftPlan, folder: Path, name: str | Path, key: str) -> str:
+    """The name of a plan's file from `folder`; as it stands when there is no such file yet."""
+    if not any(place.exists() for place in places(name, plan.path)):
+        return str(name)
+    return os.path.relpath(find_file(name, plan.path, key), folder)
+
+
+def _entries(plan: GraftPlan, folder: Path, blocks: dict[str, list[int]]) -> list[dict]:
+    """The plan's entries of a `grafts` list, for a file in `folder`, confined to `blocks`."""
+    source = read_yaml(plan.path)
+    entries = [source["operator"]] if "operator" in source else source["grafts"]
+    grafts = []
+    for entry, graft in zip(entries, plan.grafts, strict=True):
+        chosen = [b for b in graft.blocks if b in blocks.get(graft.slot, graft.blocks)]
+        file = _lead(plan, folder, entry["config_filepath"], "config_filepath")
+        if chosen:
+            grafts.append({**entry, "config_filepath": file, "graft_indexes": chosen})
+    return grafts

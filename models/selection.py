@@ -1,12 +1,12 @@
 """Learning which blocks keep their original operator.
 
-A slot whose fate is open holds a GraftPair; LayerGates holds one distribution per local group of
-blocks over the ways to keep N of its M original operators, drawn with a hard Gumbel softmax as in
-TinyFusion (arXiv 2412.01199).
+A slot whose fate is open holds a GraftPair, or a GraftChoice where several grafts compete;
+LayerGates holds one distribution per local group of blocks over the ways to keep N of its M
+originals, drawn with a hard Gumbel softmax as in TinyFusion (arXiv 2412.01199).
 """
 
-import math
-from itertools import combinations
+from collections.abc import Mapping, Sequence
+from itertools import combinations, product
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ class GraftPair(nn.Module):
         self.graft = graft
 
     def forward(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-        if keep is None:
+        if keep is None or keep.ndim > 1:
             raise ValueError(
                 "this model holds graft pairs: pass keep, [depth] or [B, depth], to choose "
                 "between original (1) and graft (0)"
@@ -38,45 +38,96 @@ class GraftPair(nn.Module):
         return (m * original + (1 - m) * graft).to(original.dtype)
 
 
+class GraftChoice(nn.Module):
+    """Several operators in one slot: the original, and what each of V variants puts in its place.
+
+    takes[v - 1] is the index in `grafts` of variant v's operator, None where that variant leaves
+    this slot its original. x [B,T,D]; keep [B or 1, 1 + V], the share of the original block and of
+    each variant -> [B,T,D]. ValueError without a keep or with one of another width.
+    """
+
+    def __init__(self, original: nn.Module, grafts: list[nn.Module], takes: list[int | None]):
+        super().__init__()
+        self.original = original
+        self.grafts = nn.ModuleList(grafts)
+        self.takes = tuple(takes)
+
+    def operator(self, variant: int) -> nn.Module:
+        """What the slot holds under a variant; 0 is the original block."""
+        taken = None if variant == 0 else self.takes[variant - 1]
+        return self.original if taken is None else self.grafts[taken]
+
+    def forward(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+        variants = len(self.takes)
+        if keep is None or keep.ndim != 2 or keep.shape[1] != 1 + variants:
+            raise ValueError(
+                f"this slot holds {1 + variants} variants: pass keep [B, depth, {1 + variants}], "
+                "the share of the original block and of each variant"
+            )
+        shares = keep.to(torch.float32)[..., None, None]  # B 1+V 1 1
+        original = self.original(x)
+        kept = [0, *(v for v, taken in enumerate(self.takes, start=1) if taken is None)]
+        y = shares[:, kept].sum(1) * original
+        for number, graft in enumerate(self.grafts):
+            held = [v for v, taken in enumerate(self.takes, start=1) if taken == number]
+            y = y + shares[:, held].sum(1) * graft(x)
+        return y.to(original.dtype)
+
+
 class LayerGates(nn.Module):
     """One gate per group of neighbouring blocks; its options are the ways to keep N of M originals.
 
     groups: "N:M" repeated over the depth, or a comma list such as "2:4,1:4" that covers it exactly.
     pinned: blocks that always keep their original operator; they count towards their group's N.
     init: value of every logit at the start.
+    variants: for each block the numbers (from 1) of the variants that may stand in for the original
+    one, for a choice between several grafts; without any, a block is pinned. None: variant 1 alone,
+    everywhere.
 
     .gumbel_gates[g] [1, options] are the only parameters; .options[g] [options, M] the choices in
-    lexicographic order of the kept blocks, 1 = keeps the original; .spans[g] = (first block, one
-    past the last). ValueError for groups or pinned blocks that do not fit.
+    lexicographic order of the kept blocks, 1 = keeps the original; .choices[g] [options, M] the
+    same by variant, 0 = keeps the original; .spans[g] = (first block, one past the last).
+    ValueError for groups or pinned blocks that do not fit.
     """
 
     def __init__(
-        self, depth: int, groups: str = "2:4", pinned: tuple[int, ...] = (), init: float = 0.02
+        self,
+        depth: int,
+        groups: str = "2:4",
+        pinned: Sequence[int] = (),
+        init: float = 0.02,
+        variants: Sequence[Sequence[int]] | None = None,
     ):
         super().__init__()
         self.depth = depth
         self.groups = parse_groups(groups, depth)
-        self.pinned = tuple(sorted(set(pinned)))
-        outside = [block for block in self.pinned if not 0 <= block < depth]
+        outside = [block for block in sorted(set(pinned)) if not 0 <= block < depth]
         if outside:
             raise ValueError(f"pinned blocks {outside} are outside the model: legal 0..{depth - 1}")
+        variants = [(1,)] * depth if variants is None else variants
+        self.pinned = tuple(b for b in range(depth) if b in pinned or not variants[b])
+        self.variants = max((v for some in variants for v in some), default=1)
 
         self.spans = []
         self.gumbel_gates = nn.ParameterList()
         first = 0
         for g, (keep, size) in enumerate(self.groups):
-            span = (first, first + size)
-            table = _options(
-                keep, size, [b - first for b in self.pinned if first <= b < span[1]], g
-            )
-            self.register_buffer(f"options_{g}", table, persistent=False)
-            self.gumbel_gates.append(nn.Parameter(torch.full((1, len(table)), float(init))))
-            self.spans.append(span)
+            span = range(first, first + size)
+            legal = [() if b in self.pinned else tuple(variants[b]) for b in span]
+            choices = _choices(keep, legal, g)
+            self.register_buffer(f"choices_{g}", choices, persistent=False)
+            self.register_buffer(f"options_{g}", (choices == 0).float(), persistent=False)
+            self.gumbel_gates.append(nn.Parameter(torch.full((1, len(choices)), float(init))))
+            self.spans.append((span.start, span.stop))
             first += size
 
     @property
     def options(self) -> list[torch.Tensor]:
         return [getattr(self, f"options_{g}") for g in range(len(self.groups))]
+
+    @property
+    def choices(self) -> list[torch.Tensor]:
+        return [getattr(self, f"choices_{g}") for g in range(len(self.groups))]
 
     def draw(
         self,
@@ -86,6 +137,8 @@ class LayerGates(nn.Module):
         batch_size: int = 1,
     ) -> torch.Tensor:
         """Draws one option per sample and group -> keep [B, depth], exactly 0 or 1.
+
+        With several variants, keep is [B, depth, 1 + variants], one-hot over the last dimension.
 
         softmax((logits * scaling + gumbel noise) / tau), hard in the forward pass and soft in the
         backward pass. uniform: per group the numbers in (0, 1), [B, options], that make the noise;
@@ -108,34 +161,44 @@ class LayerGates(nn.Module):
             )
         keep = []
         with torch.autocast(self.gumbel_gates[0].device.type, enabled=False):
-            for gate, table, u in zip(self.gumbel_gates, self.options, uniform, strict=True):
+            for gate, table, u in zip(self.gumbel_gates, self._tables(), uniform, strict=True):
                 noise = -torch.log(-torch.log(u))
                 soft = F.softmax((gate * scaling + noise) / tau, dim=-1)  # B options
                 hard = F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
                 # this order of terms keeps the forward value exactly one-hot
                 weights = hard + (soft - soft.detach())
-                keep.append(weights @ table)  # B M
-        return torch.cat(keep, dim=-1)
+                keep.append((weights @ table.flatten(1)).unflatten(1, table.shape[1:]))
+        return torch.cat(keep, dim=1)
+
+    def _tables(self) -> list[torch.Tensor]:
+        """What each option means to a model: [options, M], or [options, M, 1 + variants]."""
+        if self.variants == 1:
+            return self.options
+        return [F.one_hot(c, 1 + self.variants).to(torch.float32) for c in self.choices]
 
     def probabilities(self, scaling: float) -> list[torch.Tensor]:
         """Per group [options]: softmax(logits * scaling). Its maximum is the gate's confidence."""
         return [F.softmax(gate[0] * scaling, dim=-1) for gate in self.gumbel_gates]
 
+    def chosen(self) -> list[int]:
+        """Per block the variant of its group's most likely option, 0 the original; no noise."""
+        best = [c[g[0].argmax()] for g, c in zip(self.gumbel_gates, self.choices, strict=True)]
+        return torch.cat(best).tolist()
+
+    def taking(self, variant: int) -> list[int]:
+        """Sorted indices of the blocks for which `chosen` says this variant."""
+        return [block for block, taken in enumerate(self.chosen()) if taken == variant]
+
     def decide(self) -> list[int]:
-        """Sorted indices of the blocks kept by each group's most likely option; no noise."""
-        kept = []
-        for gate, table, (first, _) in zip(
-            self.gumbel_gates, self.options, self.spans, strict=True
-        ):
-            chosen = table[gate[0].argmax()]
-            kept += [first + i for i, keeps in enumerate(chosen.tolist()) if keeps]
-        return kept
+        """Sorted indices of the blocks that keep their original, by `chosen`."""
+        return self.taking(0)
 
     def keep_mask(self) -> torch.Tensor:
-        """[depth] float of `decide()`: 1 keeps the original operator, 0 takes the graft."""
-        mask = torch.zeros(self.depth, device=self.gumbel_gates[0].device)
-        mask[self.decide()] = 1
-        return mask
+        """`chosen()` as a keep: [depth], or [1, depth, 1 + variants]; 1 keeps the original."""
+        chosen = torch.tensor(self.chosen(), device=self.gumbel_gates[0].device)
+        if self.variants == 1:
+            return (chosen == 0).to(torch.float32)
+        return F.one_hot(chosen, 1 + self.variants).to(torch.float32)[None]
 
     def extra_repr(self) -> str:
         spec = ",".join(f"{keep}:{size}" for keep, size in self.groups)
@@ -176,34 +239,50 @@ def parse_groups(groups: str, depth: int) -> list[tuple[int, int]]:
     return parsed
 
 
-def _options(keep: int, size: int, pinned: list[int], group: int) -> torch.Tensor:
-    """[options, size]: every choice of `keep` out of `size` that holds the pinned ones."""
+def _choices(keep: int, variants: list[tuple[int, ...]], group: int) -> torch.Tensor:
+    """[options, M] of the variant of each block, 0 its original: every way to keep `keep` of them.
+
+    variants: for each block what may stand in for its original; a block without any is kept.
+    """
+    size = len(variants)
+    pinned = [i for i, legal in enumerate(variants) if not legal]
     if len(pinned) > keep:
         raise ValueError(
-            f"group {group} keeps {keep} of {size} blocks but {len(pinned)} of them are pinned: "
-            f"pin at most {keep} there or raise N"
+            f"group {group} keeps {keep} of {size} blocks but {len(pinned)} of them are pinned or "
+            f"have no graft: at most {keep} may, or raise N"
         )
-    free = [i for i in range(size) if i not in pinned]
-    count = math.comb(len(free), keep - len(pinned))
-    if count > MAX_OPTIONS:
+    ways = [1] + [0] * keep  # ways[k]: with k originals kept among the blocks counted so far
+    for legal in variants:
+        ways = [len(legal) * n + (ways[k - 1] if k else 0) for k, n in enumerate(ways)]
+    if ways[keep] > MAX_OPTIONS:
         raise ValueError(
-            f"group {group} has {count} ways to keep {keep} of {size} blocks, more than "
+            f"group {group} has {ways[keep]} ways to keep {keep} of {size} blocks, more than "
             f"{MAX_OPTIONS}: use smaller groups, such as 2:4"
         )
-    # a pinned block is in every choice, so this order is that of the full kept lists
-    chosen = [sorted((*pinned, *some)) for some in combinations(free, keep - len(pinned))]
-    table = torch.zeros(count, size)
-    for row, blocks in enumerate(sorted(chosen)):
-        table[row, blocks] = 1
-    return table
+    # pinned blocks are in every choice, so that they do not change the order of the others
+    free = [i for i in range(size) if i not in pinned]
+    rows = [
+        row
+        for kept in combinations(free, keep - len(pinned))
+        for row in product(
+            *((0,) if i in kept or i in pinned else variants[i] for i in range(size))
+        )
+    ]
+    return torch.tensor(rows)
 
 
-def settle(dit: nn.Module, kept: list[int]) -> None:
-    """Ends the choice, in place: every GraftPair gives way to its original where kept, or graft."""
-    for i, block in enumerate(dit.blocks):
+def settle(dit: nn.Module, chosen: Mapping[int, int]) -> None:
+    """Ends the choice, in place: in block b only the operators of variant chosen[b] stay.
+
+    Variant 0 is the original block, 1 the graft of a GraftPair.
+    """
+    for i, variant in chosen.items():
+        block = dit.blocks[i]
         for slot, operator in list(block.named_children()):
             if isinstance(operator, GraftPair):
-                setattr(block, slot, operator.original if i in kept else operator.graft)
+                setattr(block, slot, operator.graft if variant else operator.original)
+            elif isinstance(operator, GraftChoice):
+                setattr(block, slot, operator.operator(variant))
 
 
 class GatedDiT(nn.Module):

@@ -1,13 +1,15 @@
 """Graft pairs and layer gates: golden cases, options, draws, gradients, errors."""
 
+import copy
 import math
+from itertools import product
 
 import pytest
 import torch
 
 from models.dit import DiT
 from models.operators import build_operator
-from models.selection import GatedDiT, GraftPair, LayerGates, settle
+from models.selection import GatedDiT, GraftChoice, GraftPair, LayerGates, settle
 
 TOLERANCE = {"selection": 5e-6, "selection_strong": 5e-5}
 
@@ -195,10 +197,127 @@ def test_settling_leaves_the_chosen_operators():
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([1, 500]), torch.tensor([0, 4])
     expected = model(*inputs, keep=torch.tensor([1.0, 0, 1, 0]))
     pairs = [block.attn for block in model.blocks]
-    settle(model, [0, 2])
+    settle(model, {0: 0, 1: 1, 2: 0, 3: 1})
     chosen = [block.attn for block in model.blocks]
     assert chosen == [pairs[0], pairs[1].graft, pairs[2].original, pairs[3].graft]
     torch.testing.assert_close(model(*inputs), expected)
+
+
+VARIANTS = [(1, 2), (1,), (), (2, 1)]  # by block: two grafts, one, none (pinned), two
+
+
+def test_options_of_several_variants_are_all_assignments_under_the_budget():
+    gates = LayerGates(8, "2:4", pinned=[5], variants=VARIANTS * 2)
+    assert gates.pinned == (2, 5, 6) and gates.variants == 2
+    for g, pinned in enumerate([(2,), (1, 2)]):
+        legal = [(0,) if i in pinned else (0, *v) for i, v in enumerate(VARIANTS)]
+        expected = {row for row in product(*legal) if row.count(0) == 2}
+        rows = [tuple(row) for row in gates.choices[g].tolist()]
+        assert len(rows) == len(set(rows)) and set(rows) == expected
+        assert torch.equal(gates.options[g], (gates.choices[g] == 0).float())
+    with pytest.raises(ValueError, match=r"group 0 has 184756 ways"):
+        LayerGates(20, "10:20")
+    with pytest.raises(ValueError, match=r"group 0 has 189190144 ways"):  # C(20,10) * 2**10
+        LayerGates(20, "10:20", variants=[(1, 2)] * 20)
+    assert len(LayerGates(14, "7:14").options[0]) == math.comb(14, 7)
+
+
+def open_model():
+    """Variant 1 grafts attention in 0, 1, 3; variant 2 attention in 0 and the MLP in 3."""
+    torch.manual_seed(0)
+    model = DiT(input_size=8, hidden_size=32, depth=4, num_heads=4, num_classes=5)
+
+    def choice(original, operators, takes):
+        return GraftChoice(original, [build_operator(n, d_model=32) for n in operators], takes)
+
+    blocks = model.blocks
+    blocks[0].attn = choice(blocks[0].attn, ["hyena_y", "hyena_x"], [0, 1])
+    blocks[1].attn = choice(blocks[1].attn, ["hyena_y"], [0, None])
+    blocks[3].attn = choice(blocks[3].attn, ["hyena_se"], [0, None])
+    blocks[3].mlp = choice(blocks[3].mlp, ["mlp"], [None, 0])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name != "pos_embed":
+                parameter.normal_(std=0.1)
+    return model.eval()
+
+
+def test_drawn_variants_run_as_if_they_were_alone():
+    """Every assignment of one draw a sample equals the settled model's output, exactly one-hot."""
+    gates = LayerGates(4, "2:4", variants=VARIANTS)
+    keep = gates.draw(1.0, 100, batch_size=64)
+    assert keep.shape == (64, 4, 3) and set(keep.unique().tolist()) == {0.0, 1.0}
+    assert (keep.sum(-1) == 1).all() and (keep[:, :, 0].sum(1) == 2).all()
+    x, t, y = torch.randn(1, 4, 8, 8), torch.tensor([300]), torch.tensor([2])
+    outputs = []
+    for row in gates.choices[0]:
+        shares = torch.nn.functional.one_hot(row, 3).float()[None]
+        mixed = open_model()(x, t, y, keep=shares)
+        alone = open_model()
+        settle(alone, dict(enumerate(row.tolist())))
+        torch.testing.assert_close(mixed, alone(x, t, y))
+        outputs.append(mixed)
+    assert len({o.sum().item() for o in outputs}) == len(outputs)
+    with torch.no_grad():
+        gates.gumbel_gates[0][0, 3] += 0.01
+    assert gates.chosen() == gates.choices[0][3].tolist()
+    assert gates.decide() == [b for b, v in enumerate(gates.chosen()) if v == 0]
+    assert torch.equal(gates.keep_mask().argmax(-1)[0], gates.choices[0][3])
+    with pytest.raises(ValueError, match=r"pass keep \[B, depth, 3\]"):
+        open_model()(x, t, y, keep=torch.ones(4))
+
+
+def test_gradient_reaches_every_variant():
+    model, gates = open_model(), LayerGates(4, "1:4", variants=[(1, 2), (1,), (1,), (1, 2)])
+    keep = gates.draw(1.0, 10, batch_size=64)  # enough that each is drawn
+    t, y = torch.arange(64) * 10, torch.arange(64) % 5
+    model(torch.randn(64, 4, 8, 8), t, y, keep=keep).square().sum().backward()
+    assert (gates.gumbel_gates[0].grad != 0).all()
+    choices = [m for m in model.modules() if isinstance(m, GraftChoice)]
+    for module in [m for c in choices for m in (c.original, *c.grafts)]:
+        assert all(p.grad.abs().max() > 0 for p in module.parameters())
+
+
+class Noisy(torch.nn.Module):
+    """An operator that works, plus noise that no training of the gates can remove."""
+
+    def __init__(self, operator, level):
+        super().__init__()
+        self.operator, self.level = operator, level
+
+    def forward(self, x):
+        return self.operator(x) + self.level * torch.randn_like(x)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_selection_keeps_the_blocks_whose_graft_is_broken(seed):
+    """The published settings of the gates; two broken grafts in each group of four."""
+    torch.manual_seed(seed)
+    dit = DiT(input_size=8, hidden_size=32, depth=8, num_heads=4, num_classes=5)
+    with torch.no_grad():
+        for name, parameter in dit.named_parameters():
+            if name != "pos_embed":
+                parameter.normal_(std=0.1)
+    teacher = copy.deepcopy(dit).eval()
+    broken = sorted(g * 4 + b for g in range(2) for b in torch.randperm(4)[:2].tolist())
+    for i, block in enumerate(dit.blocks):
+        graft = Noisy(copy.deepcopy(block.attn), 0.5 if i in broken else 0.0)
+        block.attn = GraftPair(block.attn, graft)
+    gated = GatedDiT(dit.requires_grad_(False), LayerGates(8, "2:4")).train()
+    steps, scaling = 120, 100.0
+    optimizer = torch.optim.AdamW(gated.gates.parameters(), lr=1e-3, weight_decay=0.0)
+    for step in range(steps):
+        x, t, y = torch.randn(16, 4, 8, 8), torch.randint(1000, (16,)), torch.randint(5, (16,))
+        with torch.no_grad():
+            target = teacher(x, t, y)
+        tau = 4.0 + (0.1 - 4.0) * step / (steps - 1)
+        drawn = {"uniform": torch.rand(16, 12).clamp(min=1e-6), "tau": tau, "scaling": scaling}
+        loss = (gated(x, t, y, drop=torch.zeros(16, dtype=bool), **drawn) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert gated.gates.decide() == broken
+    assert all(p.max() > 0.9 for p in gated.gates.probabilities(scaling))
 
 
 def test_pair_mixes_and_needs_a_choice():

@@ -5,6 +5,7 @@ import pickle
 import sys
 import zipfile
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from training import distributed
 from training.distributed import World, barrier, gather_objects
 
 FORMAT = 1
-KEYS = ("model", "ema", "opt", "sched", "train_steps", "plan", "rng", "position", "args", "entry")
+KEYS = ("model", "opt", "train_steps", "plan", "rng", "position", "args", "entry")
 log = logging.getLogger(__name__)
 
 
@@ -63,6 +64,37 @@ def load(path: str | Path) -> dict:
     return state
 
 
+@dataclass(frozen=True)
+class Extent:
+    """Where a training run is kept and how long it is.
+
+    Attributes:
+        folder: the run folder.
+        steps_per_epoch, total_steps: of the global batch.
+        order: what the order of the samples and the schedules depend on, as plain data; a resumed
+            run must have the same.
+    """
+
+    folder: Path
+    steps_per_epoch: int
+    total_steps: int
+    order: dict
+
+
+def extent(args: Namespace, plan: GraftPlan, images: int) -> Extent:
+    """The extent that an entry's flags (`training.arguments.add_run`) mean for so many images."""
+    steps_per_epoch = images // args.global_batch_size
+    total_steps = min(args.epochs * steps_per_epoch, args.max_steps or sys.maxsize)
+    order = {
+        "images": images,
+        "global_batch_size": args.global_batch_size,
+        "global_seed": args.global_seed,
+        "total_steps": total_steps,
+    }
+    folder = Path(args.results_dir) / f"{args.prefix}-{plan.model_name.replace('/', '-')}"
+    return Extent(folder, steps_per_epoch, total_steps, order)
+
+
 def find(world: World, resume: str | None, folder: Path) -> dict | None:
     """The state to go on from: None for a fresh start. Every process gets the same.
 
@@ -105,7 +137,7 @@ def check(
     """The step to go on from, once the checkpoint is seen to belong to this run.
 
     Args:
-        order: what the order of the samples and the schedules depend on; see `RunState`.
+        order: what the order of the samples and the schedules depend on; see `Extent`.
         fixed: names of flags that must be as they were.
 
     Raises:
@@ -138,29 +170,18 @@ class RunState:
     """All that a training run must keep in order to go on as if never interrupted.
 
     Args:
-        folder: the run folder.
+        extent: where the run is kept and how long it is.
         world: this process's place; rank 0 writes.
         plan: what the model is.
         args: the entry's flags.
-        steps_per_epoch: of the loader.
-        order: what the order of the samples and the schedules depend on, as plain data.
         parts: "model", "ema", "opt", "sched" and others with state_dict and load_state_dict.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        world: World,
-        plan: GraftPlan,
-        args: Namespace,
-        *,
-        steps_per_epoch: int,
-        order: dict,
-        **parts,
+        self, extent: Extent, world: World, plan: GraftPlan, args: Namespace, **parts
     ) -> None:
-        self.folder = folder / "checkpoints"
-        self.world, self.plan, self.args = world, plan, args
-        self.steps_per_epoch, self.order = steps_per_epoch, order
+        self.folder = extent.folder / "checkpoints"
+        self.extent, self.world, self.plan, self.args = extent, world, plan, args
         self.parts = parts
 
     def restore(self, state: dict) -> None:
@@ -186,9 +207,9 @@ class RunState:
         path = self.folder / f"{step:07d}.pt"
         if self.world.main:
             position = {
-                "epoch": step // self.steps_per_epoch,
-                "step_in_epoch": step % self.steps_per_epoch,
-                **self.order,
+                "epoch": step // self.extent.steps_per_epoch,
+                "step_in_epoch": step % self.extent.steps_per_epoch,
+                **self.extent.order,
             }
             state = {
                 **{name: part.state_dict() for name, part in self.parts.items()},

@@ -1,5 +1,9 @@
 """Exponential moving average of the trainable parameters; frozen ones need none."""
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -32,6 +36,25 @@ class Ema:
         state = self.model.state_dict()
         state.update(zip(self.names, self.averages, strict=True))
         return {name: tensor.detach() for name, tensor in state.items()}
+
+    def averaged(self, child: str) -> torch.nn.Module:
+        """A copy of the model's submodule `child` that holds the averages."""
+        copied = copy.deepcopy(self.model.get_submodule(child))
+        prefix = f"{child}."
+        own = {n: t for n, t in self.state_dict().items() if n.startswith(prefix)}
+        copied.load_state_dict({n.removeprefix(prefix): t for n, t in own.items()}, strict=True)
+        return copied
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within it the model holds the averages; afterwards what it held before."""
+        with torch.no_grad():
+            before = [p.clone() for p in self._live]
+            torch._foreach_copy_(self._live, self.averages)
+            try:
+                yield
+            finally:
+                torch._foreach_copy_(self._live, before)
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:

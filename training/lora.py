@@ -3,13 +3,16 @@
 import torch
 
 
-def add_lora(model: torch.nn.Module, rank: int, alpha: float, exclude: str) -> list[str]:
+def add_lora(
+    model: torch.nn.Module, rank: int, alpha: float, exclude: tuple[str, ...] = ()
+) -> list[str]:
     """Freezes `model` and gives every linear layer a LoRA update, in place.
 
     Args:
         rank: rank of the updates; at least 1.
         alpha: the update is scaled by alpha / rank.
-        exclude: linears with this text in their name are left alone (and frozen like the rest).
+        exclude: linears with one of these texts in their name, which is read with a dot before and
+            behind it, are left alone (and frozen like the rest).
 
     Returns:
         Names of the layers that received an update.
@@ -19,7 +22,7 @@ def add_lora(model: torch.nn.Module, rank: int, alpha: float, exclude: str) -> l
     names = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and exclude not in f".{name}."
+        if isinstance(module, torch.nn.Linear) and not any(text in f".{name}." for text in exclude)
     ]
     if rank < 1:
         raise ValueError(f"--lora-rank {rank}: must be at least 1")

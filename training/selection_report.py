@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,61 +10,74 @@ import torch
 
 from models.dit import DiT
 from models.files import file_sha256, write_json, write_whole
-from models.grafting import LoadReport
+from models.grafting import LoadReport, build_choices
 from models.plan import GraftPlan, write_plan
 from models.provenance import environment
 from models.selection import LayerGates, settle
+from models.weights import SLOTS
 from training.lora import merge_lora
 
 TRAJECTORY = "trajectory.jsonl"
 
 
-def decision(gates: LayerGates, plan: GraftPlan, scaling: float) -> dict:
-    """The answer of the gates as plain data; see `selection.json` in the README.
+def decision(
+    gates: LayerGates, plans: Sequence[GraftPlan], scaling: float, trajectory: Path, steps: int
+) -> dict:
+    """The answer of the gates as plain data; README "selection.json" describes it.
 
     Args:
         gates: the averaged gates.
+        plans: what they choose from; variant v of a block is that of plans[v - 1].
         scaling: factor on the logits, as at the end of training.
+        trajectory: the lines of `write_trajectory_line`.
+        steps: length of the training.
     """
+    chosen = gates.chosen()
     kept = gates.decide()
+    late = [r for r in _records(trajectory) if r["step"] > 0.9 * steps]
     groups = []
     for g, probability in enumerate(gates.probabilities(scaling)):
         p = probability.double().tolist()
         first, end = gates.spans[g]
-        best = max(range(len(p)), key=p.__getitem__)
+        best = _best(p)
+        options = []
+        for row, share in zip(gates.choices[g].tolist(), p, strict=True):
+            option = {"keeps": [first + i for i, variant in enumerate(row) if variant == 0]}
+            if gates.variants > 1:
+                option["takes"] = {first + i: variant for i, variant in enumerate(row) if variant}
+            options.append(option | {"probability": share})
+        agreeing = [_best(r["probabilities"][g]) == best for r in late]
         groups.append(
             {
                 "blocks": list(range(first, end)),
                 "kept": [b for b in kept if first <= b < end],
                 "confidence": p[best],
                 "entropy": -sum(x * math.log(x) for x in p if x > 0),
-                "options": [
-                    {
-                        "keeps": [first + i for i, k in enumerate(row) if k],
-                        "probability": x,
-                    }
-                    for row, x in zip(gates.options[g].int().tolist(), p, strict=True)
-                ],
+                "agreement": sum(agreeing) / len(agreeing) if agreeing else None,
+                "options": options,
             }
         )
-    grafted = [b for b in range(plan.depth) if b not in kept]
-    spec = ",".join(f"{keep}:{size}" for keep, size in gates.groups)
-    return {
+    answer = {
         "kept": kept,
-        "grafted": grafted,
-        "slot": plan.grafts[0].slot,
+        "grafted": [b for b in range(gates.depth) if b not in kept],
+        "slots": sorted({graft.slot for plan in plans for graft in plan.grafts}),
         "groups": groups,
-        "groups_spec": spec,
+        "groups_spec": ",".join(f"{keep}:{size}" for keep, size in gates.groups),
         "pinned": list(gates.pinned),
+        "agreement_lines": len(late),
     }
+    if gates.variants > 1:
+        answer["variants"] = {v: plan.path.name for v, plan in enumerate(plans, start=1)}
+        answer["chosen"] = {b: variant for b, variant in enumerate(chosen) if variant}
+    return answer
 
 
 def write_answer(
     folder: Path,
     answer: dict,
     gates: LayerGates,
-    plan: GraftPlan,
-    report: LoadReport,
+    plans: Sequence[GraftPlan],
+    reports: Sequence[LoadReport],
     provenance: dict,
 ) -> None:
     """Writes selected.yaml, selection.json and trajectory.png into a run folder.
@@ -71,48 +85,113 @@ def write_answer(
     Args:
         answer: from `decision`.
         gates: the averaged gates.
-        report: where the model's weights came from; their files are hashed.
-        provenance: what else the decision depends on, as plain data.
+        plans, reports: what the gates chose from, and where its weights came from; the files are
+            hashed.
+        provenance: what else the decision depends on, as plain data; its "settings" hold the
+            "global_seed" of `build_choices`.
     """
+    names = " and ".join(plan.path.name for plan in plans)
     header = (
-        f"Learned by prune_by_learning.py from {plan.path.name} in {provenance['steps']} steps;\n"
+        f"Learned by prune_by_learning.py from {names} in {provenance['steps']} steps;\n"
         "selection.json beside this file holds the probabilities."
     )
-    write_plan(plan, folder / "selected.yaml", {answer["slot"]: answer["grafted"]}, header)
-    weights = {
-        source: {"file": report.files[source], "sha256": file_sha256(path)}
-        for source, path in report.resolved.items()
-        if path.is_file()
-    }
-    config = {"file": str(plan.path), "sha256": file_sha256(plan.path)}
-    content = {**answer, "plan": "selected.yaml", "trajectory": TRAJECTORY, "config": config}
+    beside = [(plan, gates.taking(v)) for v, plan in enumerate(plans[1:], start=2)]
+    if any(blocks for _, blocks in beside):
+        seed = provenance["settings"]["global_seed"]
+        beside = _with_operators(folder / "operators", plans, beside, seed)
+    _write_chosen(plans[0], folder / "selected.yaml", gates, header, beside)
+    weights = {}
+    for plan, report in zip(plans, reports, strict=True):
+        weights |= {
+            source if plan is plans[0] else f"{plan.path.name}: {source}": {
+                "file": report.files[source],
+                "sha256": file_sha256(path),
+            }
+            for source, path in report.resolved.items()
+            if path.is_file()
+        }
+    configs = [{"file": str(p.path), "sha256": file_sha256(p.path)} for p in plans]
+    content = {**answer, "plan": "selected.yaml", "trajectory": TRAJECTORY, "configs": configs}
     content |= {"weights": weights, **provenance, **environment()}
     write_json(folder / "selection.json", content)
     plot_trajectory(folder / TRAJECTORY, gates, folder / "trajectory.png")
 
 
-def save_merged(path: Path, model: DiT, plan: GraftPlan, answer: dict) -> Path:
+def _with_operators(
+    folder: Path,
+    plans: Sequence[GraftPlan],
+    beside: list[tuple[GraftPlan, list[int]]],
+    seed: int,
+) -> list[tuple[GraftPlan, list[int]]]:
+    """Gives each chosen graft of the further plans a file of its own, as it began the selection.
+
+    One plan names one grafted checkpoint, the first plan's; these files take the others' place.
+    """
+    model, _ = build_choices(plans, seed)
+    written = []
+    for variant, (plan, blocks) in enumerate(beside, start=2):
+        files = {}
+        for graft in plan.grafts:
+            for block in set(graft.blocks) & set(blocks):
+                operator = getattr(model.blocks[block], SLOTS[graft.slot]).operator(variant)
+                path = folder / f"block{block:02d}.{graft.slot}.{graft.operator}.pt"
+                state = {"model": operator.state_dict()}
+                write_whole(path, lambda partial, state=state: torch.save(state, partial))
+                files[block, graft.slot] = path.resolve()
+        written.append((replace(plan, graft_weights=files), blocks))
+    return written
+
+
+def save_merged(path: Path, model: DiT, gates: LayerGates, plans: Sequence[GraftPlan]) -> Path:
     """Saves the selected model with LoRA folded in, and a YAML that starts from it.
 
     Args:
         path: the weight file to write; the YAML is named like it.
-        model: holds graft pairs and LoRA updates; settled and merged in place.
+        model: its slots are open and it may hold LoRA updates; settled and merged in place.
+        gates, plans: the choice, and what it was made from.
 
     Returns:
         The YAML.
     """
     merge_lora(model)
-    settle(model, answer["kept"])
-    graft = replace(plan.grafts[0], blocks=tuple(answer["grafted"]))
+    settle(model, dict(enumerate(gates.chosen())))
+    grafts = []
+    for variant, plan in enumerate(plans, start=1):
+        taking = set(gates.taking(variant))
+        confined = [replace(g, blocks=tuple(sorted(taking & {*g.blocks}))) for g in plan.grafts]
+        grafts += [g for g in confined if g.blocks]
     merged = {
         "model": model.state_dict(),
-        "plan": replace(plan, grafts=(graft,)).architecture(),
+        "plan": replace(plans[0], grafts=tuple(grafts)).architecture(),
     }
     write_whole(path, lambda partial: torch.save(merged, partial))
-    start = replace(plan, grafted_ckpt_path=path.resolve(), graft_weights={})
+    start = replace(plans[0], grafted_ckpt_path=path.resolve(), graft_weights={})
     header = f"Starts from {path.name}, the model that selection trained."
-    write_plan(start, path.with_suffix(".yaml"), {answer["slot"]: answer["grafted"]}, header)
+    beside = [
+        (replace(plan, graft_weights={}), gates.taking(v))
+        for v, plan in enumerate(plans[1:], start=2)
+    ]
+    _write_chosen(start, path.with_suffix(".yaml"), gates, header, beside)
     return path.with_suffix(".yaml")
+
+
+def _write_chosen(
+    first: GraftPlan,
+    path: Path,
+    gates: LayerGates,
+    header: str,
+    beside: list[tuple[GraftPlan, list[int]]],
+) -> None:
+    blocks = dict.fromkeys(SLOTS, gates.taking(1))
+    write_plan(first, path, blocks, header, [part for part in beside if part[1]])
+
+
+def _records(trajectory: Path) -> list[dict]:
+    return [json.loads(line) for line in trajectory.read_text(encoding="utf-8").splitlines()]
+
+
+def _best(probabilities: list[float]) -> int:
+    return max(range(len(probabilities)), key=probabilities.__getitem__)
 
 
 def write_trajectory_line(path: Path, step: int, gates: LayerGates, scaling: float) -> None:
@@ -127,7 +206,7 @@ def plot_trajectory(lines: Path, gates: LayerGates, picture: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    records = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+    records = _records(lines)
     steps = [r["step"] for r in records]
     number = len(gates.options)
     columns = min(4, number)
@@ -144,20 +223,27 @@ def plot_trajectory(lines: Path, gates: LayerGates, picture: Path) -> None:
         curves = torch.tensor([r["probabilities"][g] for r in records])  # [lines, options]
         shown = curves[-1].argsort(descending=True)[:8].tolist()
         for option in shown:
-            row = gates.options[g][option].int().tolist()
-            label = " ".join(str(first + i) for i, k in enumerate(row) if k)
-            axis.plot(steps, curves[:, option], label=label, linewidth=1.6)
+            row = gates.choices[g][option].tolist()
+            label = " ".join(str(first + i) for i, variant in enumerate(row) if variant == 0)
+            if gates.variants > 1:
+                taken = (f"{first + i}:{variant}" for i, variant in enumerate(row) if variant)
+                label += f" ({' '.join(taken)})"
+            axis.plot(steps, curves[:, option].numpy(), label=label, linewidth=1.6)
         axis.set_title(f"blocks {first} to {end - 1}", fontsize=10)
         axis.set_ylim(-0.02, 1.02)
-        axis.legend(title="keeps", fontsize=7, title_fontsize=7, loc="best")
+        title = "keeps" if gates.variants == 1 else "keeps (block:variant)"
+        axis.legend(title=title, fontsize=7, title_fontsize=7, loc="best")
         axis.grid(alpha=0.3)
     top.supxlabel("step", fontsize=9)
     top.supylabel("probability of the option", fontsize=9)
     axis = bottom.subplots()
-    mask = gates.keep_mask().detach().cpu()
-    axis.imshow(mask[None], cmap="Blues", vmin=0, vmax=1.4, aspect="auto")
-    for block, kept in enumerate(mask.tolist()):
-        text = "keep" if kept else "graft"
+    chosen = gates.chosen()
+    mask = torch.tensor([float(variant == 0) for variant in chosen])
+    axis.imshow(mask[None].numpy(), cmap="Blues", vmin=0, vmax=1.4, aspect="auto")
+    for block, variant in enumerate(chosen):
+        text = "graft" if variant else "keep"
+        if gates.variants > 1 and variant:
+            text += f" {variant}"
         axis.text(block, 0, text, ha="center", va="center", fontsize=6.5, rotation=60)
     axis.set_xticks(range(len(mask)))
     axis.set_yticks([])

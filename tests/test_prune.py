@@ -1,0 +1,149 @@
+"""prune_by_learning.py in this process: models, slots, groups, competing grafts, its answer."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import prune_by_learning
+from models.grafting import build_grafted, load_plan
+from training.distributed import World
+from training.selection_report import decision, write_trajectory_line
+
+CPU = World(0, 0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Random latents of 4x8x8 in the layout of one file a picture."""
+    folder = tmp_path_factory.mktemp("prune")
+    generator = np.random.default_rng(0)
+    for name in ("imagenet256_features", "imagenet256_labels"):
+        (folder / "latents" / name).mkdir(parents=True)
+    for i in range(8):
+        latents = generator.normal(size=(2, 4, 8, 8)).astype(np.float32)
+        np.save(folder / "latents/imagenet256_features" / f"{i}.npy", latents)
+        np.save(folder / "latents/imagenet256_labels" / f"{i}.npy", np.array([i % 5]))
+    return folder
+
+
+def plan_file(folder, name, grafts, model="DiT-S/2", **sample):
+    """A YAML with fresh grafts, [(slot, operator, blocks)], on a fresh model of 4x8x8 latents."""
+    entries = []
+    for number, (slot, operator, blocks, config) in enumerate(grafts):
+        file = folder / f"{name}-{number}.yaml"
+        file.write_text(yaml.safe_dump(config) or "{}")
+        entries.append(
+            {"type": slot, "name": operator, "config_filepath": str(file), "graft_indexes": blocks}
+        )
+    size = 32 if model == "DiT-Mini/2" else 64
+    sample = {"dit_model_name": model, "image_size": size, "num_classes": 5, **sample}
+    content = {"grafts": entries, "sample_config": {**sample, "base_ckpt_path": None}}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def select(monkeypatch, folder, config, name, *flags):
+    """Runs the entry for two steps; its run folder and its answer."""
+    command = ["prune_by_learning.py", "--config", config, "--data-path", folder / "latents"]
+    command += ["--results-dir", folder, "--prefix", name, "--max-steps", 2, "--log-every", 1]
+    command += ["--global-batch-size", 4, "--gate-lr", 0.01, "--device", "cpu", *flags]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+    prune_by_learning.main(prune_by_learning.parse_args())
+    run = next(folder.glob(f"{name}-DiT*"))
+    return run, json.loads((run / "selection.json").read_text())
+
+
+SWA = ("mha", "swa", {})
+THIN = ("mlp", "mlp", {"expansion_ratio": 3})
+
+
+@pytest.mark.parametrize(
+    ("groups", "kept"),
+    [("1:2", 6), ("3:4", 9), ("2:4,1:4,3:4", 6), ("3:6", 6), ("2:12", 2)],
+)
+def test_group_forms_on_another_depth(monkeypatch, folder, groups, kept):
+    slot, operator, config = SWA
+    plan = plan_file(folder, "s", [(slot, operator, list(range(12)), config)])
+    name = groups.replace(":", "").replace(",", "-")
+    run, answer = select(monkeypatch, folder, plan, name, "--groups", groups)
+    assert len(answer["kept"]) == kept and answer["slots"] == ["mha"]
+    assert load_plan(run / "selected.yaml").grafted_blocks("mha") == tuple(answer["grafted"])
+
+
+def test_both_slots_follow_one_decision(monkeypatch, folder):
+    grafts = [
+        (slot, operator, blocks, config)
+        for (slot, operator, config), blocks in ((SWA, [1, 2, 3, 5]), (THIN, [2, 3, 6, 7]))
+    ]
+    plan = plan_file(folder, "both", grafts, model="DiT-Mini/2")
+    flags = ["--groups", "2:4,2:4," + ",".join(["4:4"] * 5), "--pin", 5, "--delta-w", "--lora"]
+    merged = folder / "both.pt"
+    run, answer = select(monkeypatch, folder, plan, "both", *flags, "--save-model", merged)
+    assert answer["slots"] == ["mha", "mlp"] and set(answer["pinned"]) >= {0, 4, 5, 8, 27}
+    chosen = load_plan(run / "selected.yaml")
+    grafted = set(answer["grafted"])
+    assert chosen.grafted_blocks("mha") == tuple(sorted({1, 2, 3, 5} & grafted))
+    assert chosen.grafted_blocks("mlp") == tuple(sorted({2, 3, 6, 7} & grafted))
+    started = load_plan(merged.with_suffix(".yaml"))
+    assert {k: started.architecture()[k] for k in ("grafts",)} == {
+        "grafts": chosen.architecture()["grafts"]
+    }
+    _, report = build_grafted(started)
+    assert set(report.counts()) == {"checkpoint"}
+
+
+def test_several_grafts_compete_for_a_block(monkeypatch, folder):
+    blocks = [b for b in range(12) if b % 4]
+    plans = {
+        "swa": plan_file(folder, "one", [("mha", "swa", blocks, {})]),
+        "hyena_y": plan_file(folder, "two", [("mha", "hyena_y", blocks, {})]),
+        "mlp": plan_file(folder, "three", [("mlp", "mlp", [1, 2], {"expansion_ratio": 3})]),
+    }
+    flags = ["--candidates", plans["hyena_y"], plans["mlp"], "--delta-w"]
+    run, answer = select(monkeypatch, folder, plans["swa"], "compete", *flags)
+    assert answer["variants"] == {"1": "one.yaml", "2": "two.yaml", "3": "three.yaml"}
+    assert len(answer["kept"]) == 6 and len(answer["chosen"]) == 6
+    first = answer["groups"][0]["options"]
+    # one of 1, 2, 3 is kept beside 0; each other takes one of its variants
+    assert len(first) == 3 * 3 + 2 * 3 * 2 == 21
+    takes = [o["takes"] for o in first if o["keeps"] == [0, 3]]
+    assert {tuple(t.values()) for t in takes} == {(a, b) for a in (1, 2, 3) for b in (1, 2, 3)}
+    chosen = load_plan(run / "selected.yaml")
+    expected = {int(b): list(plans)[v - 1] for b, v in answer["chosen"].items()}
+    found = {b: g.operator for g in chosen.grafts for b in g.blocks}
+    assert found == expected
+    model, report = build_grafted(chosen)
+    for block, operator in expected.items():
+        source = report.sources[
+            f"blocks.{block}.{'mlp' if operator == 'mlp' else 'attn'}."
+            + ({"swa": "Wqkv.weight", "hyena_y": "in_proj.weight", "mlp": "fc1.weight"}[operator])
+        ]
+        assert source == ("fresh" if operator == "swa" else "graft_weights")
+
+
+def test_candidates_must_be_of_the_same_model(monkeypatch, folder):
+    small = plan_file(folder, "small", [("mha", "swa", [1], {})])
+    mini = plan_file(folder, "mini", [("mha", "swa", [1], {})], model="DiT-Mini/2")
+    with pytest.raises(ValueError, match=r"mini.yaml: model_name DiT-Mini/2 differs from DiT-S/2"):
+        select(monkeypatch, folder, small, "mixed", "--candidates", mini)
+
+
+def test_agreement_counts_the_last_tenth_of_the_steps(tmp_path, folder):
+    plan = load_plan(plan_file(folder, "few", [("mha", "swa", list(range(12)), {})]))
+    gates = prune_by_learning.LayerGates(12, "1:2")
+    for step in range(10, 201, 10):  # the first group changes its mind after step 190
+        with torch.no_grad():
+            gates.gumbel_gates[0].copy_(torch.tensor([[1.0, 0.0] if step > 190 else [0.0, 1.0]]))
+            gates.gumbel_gates[1].copy_(torch.tensor([[1.0, 0.0] if step > 100 else [0.0, 1.0]]))
+        write_trajectory_line(tmp_path / "lines", step, gates, 1.0)
+    answer = decision(gates, [plan], 1.0, tmp_path / "lines", 200)
+    assert answer["agreement_lines"] == 2
+    assert [g["agreement"] for g in answer["groups"]] == [0.5, 1, 1, 1, 1, 1]
+    p = torch.tensor([1.0, 0.0]).softmax(0).tolist()
+    assert answer["groups"][0]["confidence"] == pytest.approx(p[0])
+    assert answer["groups"][0]["entropy"] == pytest.approx(-sum(x * np.log(x) for x in p))
