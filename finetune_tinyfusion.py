@@ -14,9 +14,7 @@ DiT. The same command runs without torchrun, on CPU or GPU.
 """
 
 import argparse
-import sys
 import time
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -25,6 +23,7 @@ from diffusion import create_diffusion
 from latents.loader import LatentLoader
 from latents.store import open_latents
 from models.grafting import build_grafted, with_base
+from models.operators.accelerators import accelerate
 from models.plan import plan_from_flags
 from training import arguments, checkpoint, distributed, precision
 from training.compilation import compile_step
@@ -32,6 +31,7 @@ from training.draws import draw
 from training.ema import Ema
 from training.optimizer import SCHEDULES, StepGuard, adamw, count, schedule
 from training.runlog import RunLog, watched
+from training.validation import validation_loss
 
 # A resumed run must have these flags as it was begun with
 FIXED = ("lr", "lr_schedule", "lr_end_factor", "warmup_steps", "weight_decay", "clip_grad")
@@ -48,19 +48,16 @@ def main(args: argparse.Namespace) -> None:
     plan = with_base(plan, args.load_weight)
     store = open_latents(args.data_path, num_classes=plan.num_classes)
     store.check_shape((4, plan.input_size, plan.input_size), f"{plan.model_name} of {plan.path}")
-    folder = Path(args.results_dir) / f"{args.prefix}-{plan.model_name.replace('/', '-')}"
-    steps_per_epoch = len(store) // args.global_batch_size
-    total_steps = min(args.epochs * steps_per_epoch, args.max_steps or sys.maxsize)
-    order = {
-        "images": len(store),
-        "global_batch_size": args.global_batch_size,
-        "global_seed": args.global_seed,
-        "total_steps": total_steps,
-    }
+    extent = checkpoint.extent(args, plan, len(store))
+    folder, total_steps = extent.folder, extent.total_steps
+    held_out = None
+    if args.val_data_path is not None:
+        held_out = open_latents(args.val_data_path, num_classes=plan.num_classes)
+        held_out.check_shape(store.shape, f"{plan.model_name} of {plan.path}")
     resumed = checkpoint.find(world, args.resume, folder)
     start_step = 0
     if resumed is not None:
-        start_step = checkpoint.check(resumed, plan, args, order, FIXED)
+        start_step = checkpoint.check(resumed, plan, args, extent.order, FIXED)
     loader = LatentLoader(
         store, args.global_batch_size, world, args.global_seed, start_step, args.num_workers
     )
@@ -78,6 +75,8 @@ def main(args: argparse.Namespace) -> None:
         f"{len(store):,} images in {args.data_path}; {total_steps:,} steps of "
         f"{args.global_batch_size} on {world.size} x {world.device.type}, {dtype}"
     )
+    for line in accelerate(model, world.device, dtype, model.num_tokens, args.kernels):
+        log.info(line)
 
     # Optimiser, averages, wrappers
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -92,17 +91,7 @@ def main(args: argparse.Namespace) -> None:
     guard = StepGuard(optimizer, args.clip_grad)
     ema = Ema(model, args.ema_decay)
     run = checkpoint.RunState(
-        folder,
-        world,
-        plan,
-        args,
-        steps_per_epoch=steps_per_epoch,
-        order=order,
-        model=model,
-        ema=ema,
-        opt=optimizer,
-        sched=lr,
-        guard=guard,
+        extent, world, plan, args, model=model, ema=ema, opt=optimizer, sched=lr, guard=guard
     )
     if resumed is not None:
         run.restore(resumed)
@@ -161,6 +150,12 @@ def main(args: argparse.Namespace) -> None:
             )
             running.zero_()
             logged_step, logged_at = step, time.perf_counter()
+        due = step == total_steps or (args.val_every and step % args.val_every == 0)
+        if held_out is not None and due:
+            with ema.applied():
+                found = validation_loss(model, held_out, diffusion, world, dtype)
+            log.metrics(step, **{f"val_{name}": value for name, value in found.items()})
+            log.info(f"step {step:07d}  validation loss {found['loss']:.4f} of the EMA")
         if step % args.ckpt_every == 0 and step < total_steps:
             log.info(f"saved {run.save(step)}")
     bar.close()
@@ -175,6 +170,7 @@ def parse_args() -> argparse.Namespace:
     parser = arguments.parser(__doc__)
     add = parser.add_argument_group("model and data").add_argument
     add("--data-path", required=True, help="latent store, from extract_features.py")
+    add("--val-data-path", help="latent store held out; its loss is logged, of the EMA weights")
     add("--config-filepath", "--config", help="graft YAML; without one --model is trained plain")
     add("--model", help="preset, such as DiT-XL/2; must agree with the YAML when both are given")
     add("--image-size", type=arguments.positive, help="pixels; as the YAML (256 without one)")
@@ -183,7 +179,8 @@ def parse_args() -> argparse.Namespace:
         "--load-weight",
         help="base DiT checkpoint, instead of the YAML's base_ckpt_path; none: from scratch",
     )
-    arguments.add_run(parser, prefix="finetune")
+    add = arguments.add_run(parser, prefix="finetune")
+    add("--val-every", type=arguments.positive, help="steps between validations (unset: the end)")
     add = arguments.add_optimisation(parser, ema_decay=0.9999)
     add("--lr-schedule", choices=SCHEDULES, default="cosine", help="after the warm-up")
     add("--lr-end-factor", type=arguments.share, default=0.5, help="cosine ends at this x --lr")

@@ -28,6 +28,7 @@ from evaluation.writers import describe_run, save_grid, save_npz, save_png
 from latents.codec import load_codec
 from models.files import file_sha256
 from models.grafting import build_grafted, load_trained, with_base
+from models.operators.accelerators import accelerate
 from models.plan import find_file, flag_path, plan_from_flags
 from training import arguments, distributed, precision
 from training.compilation import compile_step
@@ -63,6 +64,7 @@ def main(args: argparse.Namespace) -> None:
             "--graft-fusion-ckpt-path, weight files in the YAML, or --allow-untrained"
         )
     model.to(world.device).eval()
+    paths = accelerate(model, world.device, dtype, model.num_tokens, args.kernels)
     codec = load_codec(str(vae_path), world.device, dtype, name=vae)
     if codec.downsample * plan.input_size != plan.image_size or codec.channels != model.in_channels:
         raise ValueError(
@@ -99,7 +101,7 @@ def main(args: argparse.Namespace) -> None:
     batches = torch.tensor(missing, dtype=torch.int64).split(args.per_proc_batch_size)
     batches = batches if missing else ()
     if world.main:
-        print(f"{plan.describe()}: {args.num_fid_samples} images to {folder}")
+        print("\n".join([*paths, f"{plan.describe()}: {args.num_fid_samples} images to {folder}"]))
 
     def model_fn(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """One guided evaluation for the labels `y` of the batch; [B,C,H,W] -> [B,2C,H,W]."""

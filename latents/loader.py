@@ -8,6 +8,7 @@ from itertools import count
 from threading import Lock
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from diffusion.noise import philox
@@ -29,6 +30,24 @@ def epoch_order(n: int, seed: int, epoch: int) -> torch.Tensor:
     zero = torch.zeros_like(place)
     high, low, _, _ = philox((zero, place, zero, zero + epoch), (seed, ORDER))
     return torch.argsort(((high >> 1) << 31) | (low >> 1), stable=True)
+
+
+def balanced_rows(labels: np.ndarray, count: int, seed: int) -> torch.Tensor:
+    """Places of `count` images, the same number of every class as far as they last; int64 [count].
+
+    Every class is put into the order of `epoch_order(..., seed, 0)`; first come the first images
+    of all classes, then the second ones, and so on, so that a longer list begins with a shorter
+    one. ValueError for more images than there are.
+    """
+    if count > len(labels):
+        raise ValueError(f"{count} images are asked for and the latents hold {len(labels)}")
+    place = epoch_order(len(labels), seed, 0)
+    kind = torch.from_numpy(labels)[place]
+    grouped = torch.argsort(kind, stable=True)
+    starts = torch.searchsorted(kind[grouped], kind[grouped])
+    rank = torch.empty_like(place)
+    rank[grouped] = torch.arange(len(place)) - starts  # within the class
+    return place[torch.argsort(rank * (int(kind.max()) + 1) + kind)][:count]
 
 
 @dataclass(frozen=True)
@@ -54,11 +73,14 @@ class LatentLoader:
     Global batch k of an epoch is `epoch_order(...)[k * G : (k + 1) * G]`; rank r takes its r-th
     contiguous slice. Batches are read ahead in threads and handed over on `world.device`.
 
+    Args:
+        rows: int64, the places of the images to read; None: all.
+
     Attributes:
-        store: the LatentStore. steps_per_epoch: len(store) // global_batch.
+        store: the LatentStore. steps_per_epoch: images // global_batch.
 
     Raises:
-        ValueError: global_batch is not divisible by the world size or exceeds the store.
+        ValueError: global_batch is not divisible by the world size or exceeds the images.
     """
 
     def __init__(
@@ -69,21 +91,24 @@ class LatentLoader:
         seed: int,
         start_step: int = 0,
         num_workers: int = 2,
+        rows: torch.Tensor | None = None,
     ) -> None:
         if global_batch < 1 or global_batch % world.size:
             raise ValueError(
                 f"--global-batch-size {global_batch} is not divisible by the {world.size} "
                 f"processes; use a multiple of {world.size}"
             )
-        if len(store) < global_batch:
+        self.rows = torch.arange(len(store)) if rows is None else rows
+        if len(self.rows) < global_batch:
+            held = "holds" if rows is None else "gives"
             raise ValueError(
-                f"{store.path} holds {len(store)} images, fewer than --global-batch-size "
+                f"{store.path} {held} {len(self.rows)} images, fewer than --global-batch-size "
                 f"{global_batch}; lower it"
             )
         self.store, self.world = store, world
         self.global_batch, self.seed, self.start_step = global_batch, seed, start_step
         self.num_workers = num_workers
-        self.steps_per_epoch = len(store) // global_batch
+        self.steps_per_epoch = len(self.rows) // global_batch
         self._orders: dict[int, torch.Tensor] = {}
         self._lock = Lock()
 
@@ -92,7 +117,8 @@ class LatentLoader:
             if epoch not in self._orders:
                 # What is dropped here and asked for again is made again, the same.
                 self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
-                self._orders[epoch] = epoch_order(len(self.store), self.seed, epoch)
+                order = epoch_order(len(self.rows), self.seed, epoch)
+                self._orders[epoch] = self.rows[order]
             return self._orders[epoch]
 
     def indices(self, step: int) -> torch.Tensor:

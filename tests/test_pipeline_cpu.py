@@ -84,7 +84,8 @@ def draw_samples(work, name, *more, processes=0, **kw):
 def pair(work):
     """Selection, finetuning and sampling, each as two processes; later tests read the outputs."""
     select(work, "pair", "--max-steps", 2, processes=2)
-    finetune(work, "tuned", "--max-steps", 2, processes=2)
+    held_out = ["--val-data-path", work / "latents1"]
+    finetune(work, "tuned", "--max-steps", 2, *held_out, processes=2)
     checkpoint = work / "runs/tuned-DiT-Mini-2/checkpoints/0000002.pt"
     common = ["--config", work / "runs/pair-DiT-Mini-2/selected.yaml"]
     common += ["--graft-fusion-ckpt-path", checkpoint, "--num-fid-samples", 5]
@@ -227,7 +228,7 @@ def test_rank_one_is_heard(work):
 
 
 def test_two_processes_train_like_one(work, pair):
-    finetune(work, "alone", "--max-steps", 2)
+    finetune(work, "alone", "--max-steps", 2, "--val-data-path", work / "latents1")
     lines = [
         [
             json.loads(line)
@@ -235,9 +236,11 @@ def test_two_processes_train_like_one(work, pair):
         ]
         for n in ("alone", "tuned")
     ]
+    assert [line["step"] for line in lines[0]] == [1, 2, 2]
     for one, two in zip(*lines, strict=True):
-        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
-        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+        assert one.keys() == two.keys()
+        for key in {"loss", "grad_norm", "val_loss", "val_mse"} & one.keys():
+            assert one[key] == pytest.approx(two[key], rel=1e-4 if key == "grad_norm" else 1e-5)
 
 
 def test_trained_grafts_score_far_better_than_fresh_ones(work):

@@ -7,10 +7,13 @@ import re
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from diffusion import noise
+from diffusion import create_diffusion, noise
+from latents.store import open_latents
+from models.dit import DiT
 from models.plan import GraftPlan
 from training import arguments, checkpoint, distributed
 from training.draws import draw
@@ -18,6 +21,7 @@ from training.ema import Ema
 from training.lora import add_lora, merge_lora
 from training.optimizer import StepGuard, adamw, schedule
 from training.runlog import RunLog, cut_records
+from training.validation import validation_loss
 
 CPU = distributed.World(0, 0, 1, torch.device("cpu"))
 
@@ -205,7 +209,7 @@ def test_lora_trains_outside_the_excluded_and_merges_exactly():
         {"keep": torch.nn.Linear(4, 4), "graft": torch.nn.Linear(4, 4)}
     ).double()
     wrapped = torch.nn.ModuleDict({"pair": model})
-    assert add_lora(wrapped, 2, 4, exclude=".graft.") == ["pair.keep"]
+    assert add_lora(wrapped, 2, 4, exclude=(".graft.",)) == ["pair.keep"]
     trained = [n for n, p in wrapped.named_parameters() if p.requires_grad]
     assert all("lora_" in n for n in trained) and len(trained) == 2
     with torch.no_grad():
@@ -239,3 +243,41 @@ def test_runlog_writes_for_people_and_machines(tmp_path):
 def test_streams_of_the_draws_are_distinct():
     names = ("LABEL", "START", "STEP", "TIMESTEP", "NOISE", "DROP", "POSTERIOR", "FLIP", "GATE")
     assert len({getattr(noise, name) for name in names}) == len(names)
+
+
+def test_validation_draws_the_same_whatever_the_batch(tmp_path):
+    """Against each image alone; the model's mode and weights are left as they were."""
+    for name in ("imagenet256_features", "imagenet256_labels"):
+        (tmp_path / name).mkdir()
+    for i in range(5):
+        latents = np.random.default_rng(i).normal(size=(1, 4, 8, 8)).astype(np.float32)
+        np.save(tmp_path / "imagenet256_features" / f"{i}.npy", latents)
+        np.save(tmp_path / "imagenet256_labels" / f"{i}.npy", np.array([i % 3]))
+    store, diffusion = open_latents(tmp_path, num_classes=3), create_diffusion("")
+    torch.manual_seed(0)
+    model = DiT(input_size=8, hidden_size=32, depth=1, num_heads=2, num_classes=3).train()
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
+    found = validation_loss(model, store, diffusion, CPU, torch.float32, batch_size=2)
+    assert model.training
+    model.eval()
+    losses = []
+    for i in range(5):
+        index = torch.tensor([i])
+        for number in range(4):
+            x = store.latents(store.read(index), index, 0, number)
+            t, added, _ = draw(0, number, index, (4, 8, 8), 1000, 0.0)
+            labels = {"y": torch.tensor([i % 3])}
+            losses.append(
+                diffusion.training_losses(model, x, t, labels, noise=added)["loss"].item()
+            )
+    assert found["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    ema = Ema(model, 0.5)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with torch.no_grad():
+        model.final_layer.linear.weight.add_(1)
+    ema.update()
+    moved = model.final_layer.linear.weight.detach().clone()
+    with ema.applied():
+        inside = model.final_layer.linear.weight.detach()
+        torch.testing.assert_close(inside, before["final_layer.linear.weight"] + 0.5)
+    assert torch.equal(model.final_layer.linear.weight, moved)

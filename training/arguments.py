@@ -60,8 +60,8 @@ decay = _number(float, lambda x: 0 <= x < 1, "a number of at least 0 and below 1
 guidance = _number(float, lambda x: x >= 1, "a number of at least 1")
 
 
-def add_run(parser: argparse.ArgumentParser, prefix: str) -> None:
-    """The flags of a training run's extent and record."""
+def add_run(parser: argparse.ArgumentParser, prefix: str) -> Callable:
+    """The flags of a training run's extent and record; returns the group's add_argument."""
     add = parser.add_argument_group("run").add_argument
     add("--results-dir", default="outputs", help="run folders are made here")
     add("--prefix", default=prefix, help="the run folder is <prefix>-<model>")
@@ -72,15 +72,20 @@ def add_run(parser: argparse.ArgumentParser, prefix: str) -> None:
     add("--global-seed", type=seed, default=0, help="all random numbers follow from it")
     add("--log-every", type=positive, default=100, help="steps between log lines")
     add("--ckpt-every", type=positive, default=10_000, help="steps between checkpoints")
+    return add
 
 
-def add_optimisation(parser: argparse.ArgumentParser, ema_decay: float) -> Callable:
-    """The flags of every training loss and optimiser; returns the group's add_argument."""
+def add_optimisation(parser: argparse.ArgumentParser, ema_decay: float | None) -> Callable:
+    """The flags of every training loss and optimiser; returns the group's add_argument.
+
+    ema_decay: default of the averages; None for training without them.
+    """
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=rate, default=1e-4, help="learning rate of the weights (AdamW), at its peak")
     add("--clip-grad", type=rate, default=1.0, help="largest gradient norm")
     add("--class-dropout", type=share, default=0.1, help="share of labels left out")
-    add("--ema-decay", type=decay, default=ema_decay, help="of the averaged weights")
+    if ema_decay is not None:
+        add("--ema-decay", type=decay, default=ema_decay, help="of the averaged weights")
     return add
 
 
@@ -95,5 +100,12 @@ def add_machine(parser: argparse.ArgumentParser) -> Callable:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="torch.compile; CUDA only",
+    )
+    add(
+        "--kernels",
+        choices=("auto", "torch"),
+        default="auto",
+        help="auto: faster kernels for the operators, where they are installed and agree with "
+        "PyTorch's; torch: PyTorch's alone; CUDA only",
     )
     return add

@@ -12,7 +12,7 @@ FUNCTION_OPTIONS = {"constant_and_index_propagation": False}
 
 
 def compile_step(
-    world: World, wanted: bool, model: torch.nn.Module, *functions: Callable
+    world: World, wanted: bool, model: torch.nn.Module | None, *functions: Callable
 ) -> tuple[Callable, ...]:
     """Compiles a step's model in place and gives back its functions, compiled.
 
@@ -22,5 +22,6 @@ def compile_step(
     """
     if not wanted or world.device.type != "cuda":
         return functions
-    model.compile(mode="reduce-overhead" if world.size == 1 else "default")
+    if model is not None:
+        model.compile(mode="reduce-overhead" if world.size == 1 else "default")
     return tuple(torch.compile(function, options=FUNCTION_OPTIONS) for function in functions)

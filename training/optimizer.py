@@ -1,11 +1,11 @@
 """AdamW, learning-rate schedules, and a step that every process takes or skips together."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
-SCHEDULES = ("constant", "cosine")
+SCHEDULES = ("constant", "cosine", "milestones")
 
 
 def adamw(groups: list[dict], weight_decay: float) -> torch.optim.AdamW:
@@ -20,11 +20,13 @@ def schedule(
     total_steps: int,
     warmup_steps: int = 0,
     end_factor: float = 0.5,
+    milestones: Sequence[int] = (),
+    gamma: float = 0.5,
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """Learning rate over steps, as a factor on each group's own.
 
-    Linear from 0 over `warmup_steps`, then "constant", or "cosine" down to `end_factor` at
-    `total_steps`.
+    Linear from 0 over `warmup_steps`, then "constant", "cosine" down to `end_factor` at
+    `total_steps`, or "milestones", at each of which it is multiplied by `gamma`.
     """
     if kind not in SCHEDULES:
         raise ValueError(f"--lr-schedule {kind}: use {' or '.join(SCHEDULES)}")
@@ -34,6 +36,8 @@ def schedule(
             return (step + 1) / warmup_steps
         if kind == "constant":
             return 1.0
+        if kind == "milestones":
+            return gamma ** sum(step >= milestone for milestone in milestones)
         done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
         return end_factor + (1.0 - end_factor) * 0.5 * (1.0 + math.cos(math.pi * done))
 
@@ -50,6 +54,9 @@ class StepGuard:
         optimizer: a fused AdamW.
         max_norm: gradient-norm clip; None leaves gradients alone.
         patience: skipped steps in a row after which `check` raises.
+
+    Attributes:
+        skipped, in_a_row: 0-d tensors, steps left out in all and up to now without a good one.
     """
 
     def __init__(
@@ -61,7 +68,7 @@ class StepGuard:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         device = self.parameters[0].device
         self.skipped = torch.zeros((), device=device)
-        self._in_a_row = torch.zeros((), device=device)
+        self.in_a_row = torch.zeros((), device=device)
 
     def step(self) -> torch.Tensor:
         """One optimiser step; returns the gradient norm before clipping, 0-d."""
@@ -70,21 +77,21 @@ class StepGuard:
         self.optimizer.found_inf = bad
         self.optimizer.step()
         self.skipped += bad
-        self._in_a_row.add_(bad).mul_(bad)
+        self.in_a_row.add_(bad).mul_(bad)
         return norm
 
     def state_dict(self) -> dict:
         """The counts, for a checkpoint."""
-        return {"skipped": self.skipped, "in_a_row": self._in_a_row}
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict) -> None:
         """Takes the counts back."""
         self.skipped.copy_(state["skipped"])
-        self._in_a_row.copy_(state["in_a_row"])
+        self.in_a_row.copy_(state["in_a_row"])
 
     def check(self, step: int) -> int:
         """Number of skipped steps so far (waits for the device); raises after too many in a row."""
-        if self._in_a_row.item() >= self.patience:
+        if self.in_a_row.item() >= self.patience:
             raise RuntimeError(
                 f"step {step}: the gradient was not finite for {self.patience} steps in a row; "
                 "lower --lr, add --warmup-steps, or look at the data"

@@ -1,0 +1,254 @@
+r"""Learned selection against the guesses, on the miniature testbed: raw results, table and plot.
+
+    python scripts/selection_study.py run --work runs/study --jobs 12
+    python scripts/selection_study.py report
+
+`run` encodes the testbed's pictures, learns a selection a seed with prune_by_learning.py, writes
+the guesses with scripts/guess_plans.py, and gives every plan the same finetuning, sampling and
+scoring by the ordinary entries; each finished case is one small JSON in --results. Started again,
+it makes the cases that are missing. `report` turns the JSONs into the tables of
+docs/selection.md (between its two markers) and docs/images/selection_study.png.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from models.files import read_json, write_json, write_whole
+from models.plan import load_plan
+from models.provenance import environment
+from training import arguments, distributed
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "docs" / "results" / "selection"
+PATTERNS = ("learned", "interleaved", "deep", "shallow", "top-local", "low-local", "random")
+MARKERS = ("<!-- results: written by scripts/selection_study.py -->", "<!-- end of results -->")
+METRICS = {"fd_mini": "fd_mini", "val_mse": "validation MSE"}
+
+
+def entry(*command, threads: int = 1) -> None:
+    """Runs an entry of this repository; ValueError with the end of its output where it fails."""
+    words = [sys.executable, *map(str, command)]
+    limits = {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
+    result = subprocess.run(
+        words, cwd=REPOSITORY, env={**os.environ, **limits}, capture_output=True, text=True
+    )
+    if result.returncode:
+        raise ValueError(f"{' '.join(words[1:])}\n{(result.stdout + result.stderr)[-3000:]}")
+
+
+def encode(work: Path) -> None:
+    """Pictures, latents of both parts, and the statistics of the training pictures, once."""
+    if (work / "reference.npz").is_file():
+        return
+    entry("scripts/unpack_mini.py", "--out", work / "images")
+    for part in ("train", "heldout"):
+        entry(
+            "extract_features.py", "--vae", "assets/mini/vae", "--image-size", 64,
+            "--num-classes", 9, "--no-mirror", "--data-path", work / "images" / part,
+            "--features-path", work / part,
+        )  # fmt: skip
+    score = ["evaluate_fid.py", work / "images/train", "--feature-net", "mini"]
+    entry(*score, "--save-stats", work / "reference.npz")
+
+
+def guess(operator: str, args: argparse.Namespace) -> None:
+    """The YAMLs of every pattern that needs no training, and the locality that two of them need."""
+    config = f"configs/mini/75p_{operator}.yaml"
+    if not (args.work / "locality" / "locality.json").is_file():
+        entry(
+            "scripts/attention_locality.py", "--config", config, "--data-path", args.work / "train",
+            "--out", args.work / "locality", threads=2,
+        )  # fmt: skip
+    entry(
+        "scripts/guess_plans.py", "--config", config, "--keep", 14, "--graft-init", "inherit",
+        "--locality", args.work / "locality" / "locality.json", "--seeds", *args.seeds,
+        "--out", args.work / "guesses" / operator,
+    )  # fmt: skip
+
+
+def make(operator: str, pattern: str, seed: int, args: argparse.Namespace) -> dict:
+    """One case from selection to score; its result as plain data."""
+    work, name = args.work, f"{operator}-{pattern}-{seed}"
+    data = ["--data-path", work / "train", "--results-dir", work / "runs", "--resume", "auto"]
+    data += ["--global-seed", seed, "--log-every", 20, *args.train_flags]
+    answer = None
+    if pattern == "learned":
+        entry(
+            "prune_by_learning.py", "--config", f"configs/mini/75p_{operator}.yaml", *data,
+            "--prefix", f"select-{name}", "--delta-w", "--lora",
+            "--global-batch-size", args.batch, "--max-steps", args.selection_steps,
+            "--lr", 3e-4, "--gate-lr", 3e-3, "--ema-decay", 0.99, *args.selection_flags,
+        )  # fmt: skip
+        chosen = work / "runs" / f"select-{name}-DiT-Mini-2"
+        plan, answer = chosen / "selected.yaml", read_json(chosen / "selection.json", "rerun")
+    else:
+        file = f"random_{seed}" if pattern == "random" else pattern
+        plan = work / "guesses" / operator / f"{file}.yaml"
+    entry(
+        "finetune_tinyfusion.py", "--config", plan, *data, "--prefix", f"tune-{name}",
+        "--val-data-path", work / "heldout", "--global-batch-size", args.batch,
+        "--max-steps", args.steps, "--lr", 3e-4, "--ema-decay", 0.99,
+    )  # fmt: skip
+    tuned = work / "runs" / f"tune-{name}-DiT-Mini-2"
+    entry(
+        "sample_ddp_finetuned.py", "--config", plan, "--sample-dir", work / "samples",
+        "--folder-name", name, "--num-fid-samples", args.num_samples, "--labels", "balanced",
+        "--graft-fusion-ckpt-path", tuned / "checkpoints" / f"{args.steps:07d}.pt",
+        "--sampler", "dpm++", "--num-sampling-steps", 20, "--cfg-scale", 1.5,
+        "--global-seed", seed, "--no-compile",
+    )  # fmt: skip
+    folder = work / "samples" / name
+    entry("evaluate_fid.py", work / "reference.npz", folder, "--feature-net", "mini")
+    lines = [json.loads(line) for line in (tuned / "metrics.jsonl").read_text().splitlines()]
+    found = {key: value for line in lines for key, value in line.items()}
+    return {
+        "operator": operator,
+        "pattern": pattern,
+        "seed": seed,
+        "grafted": list(load_plan(plan).grafted_blocks("mha")),
+        "fd_mini": read_json(folder / "metrics.json", "rerun")["metrics"]["fd_mini"],
+        **{key: found[key] for key in ("val_loss", "val_mse", "val_vb")},
+        "num_samples": args.num_samples,
+        "steps": args.steps,
+        "batch": args.batch,
+        "selection": None
+        if answer is None
+        else {
+            "steps": args.selection_steps,
+            "flags": args.selection_flags,
+            "confidence": [group["confidence"] for group in answer["groups"]],
+            "agreement": [group["agreement"] for group in answer["groups"]],
+        },
+        **environment(),
+    }
+
+
+def run(args: argparse.Namespace) -> None:
+    args.work = args.work.resolve()
+    args.results.mkdir(parents=True, exist_ok=True)
+    encode(args.work)
+    for operator in args.operators:
+        guess(operator, args)
+    cases = [
+        (operator, pattern, seed)
+        for pattern in args.patterns
+        for operator in args.operators
+        for seed in args.seeds
+        if not (args.results / f"{operator}-{pattern}-{seed}.json").is_file()
+    ]
+
+    def finish(case: tuple[str, str, int]) -> str:
+        result = make(*case, args)
+        write_json(args.results / f"{'-'.join(map(str, case))}.json", result)
+        line = f"fd_mini {result['fd_mini']:.3f}  validation MSE {result['val_mse']:.5f}"
+        print(f"{'-'.join(map(str, case))}: {line}", flush=True)
+        return line
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for future in [pool.submit(finish, case) for case in cases]:
+            future.result()
+
+
+def report(args: argparse.Namespace) -> None:
+    records = [read_json(path, "delete it") for path in sorted(args.results.glob("*.json"))]
+    if not records:
+        raise ValueError(f"{args.results} holds no results: make them with `run`")
+    groups = defaultdict(list)
+    for record in records:
+        groups[record["operator"], record["pattern"]].append(record)
+    operators = sorted({operator for operator, _ in groups})
+    text = "\n\n".join(operator_table(operator, groups) for operator in operators)
+    page = REPOSITORY / "docs" / "selection.md"
+    before, found, rest = page.read_text(encoding="utf-8").partition(MARKERS[0])
+    _, closed, after = rest.partition(MARKERS[1])
+    if not (found and closed):
+        raise ValueError(f"{page}: needs the lines {MARKERS[0]} and {MARKERS[1]}")
+    content = f"{before}{MARKERS[0]}\n\n{text}\n\n{MARKERS[1]}{after}"
+    write_whole(page, lambda partial: partial.write_text(content, encoding="utf-8"))
+    plot(groups, operators, REPOSITORY / "docs" / "images" / "selection_study.png")
+
+
+def operator_table(operator: str, groups: dict) -> str:
+    """Mean and standard deviation over the seeds of every pattern, the best first."""
+    rows = []
+    for pattern in PATTERNS:
+        found = groups.get((operator, pattern), [])
+        if found:
+            cells = []
+            for metric, digits in (("fd_mini", 3), ("val_mse", 5)):
+                values = [record[metric] for record in found]
+                spread = statistics.stdev(values) if len(values) > 1 else float("nan")
+                cells += [f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"]
+            rows.append((statistics.mean(r["val_mse"] for r in found), pattern, len(found), cells))
+    first = next(
+        record for (name, _), found in groups.items() if name == operator for record in found
+    )
+    lines = [
+        f"**{operator}**, 14 of 28 blocks grafted; {first['steps']} finetuning steps of "
+        f"{first['batch']}, {first['num_samples']} samples; mean ± standard deviation.",
+        "",
+        "| selection | cases | fd_mini | validation MSE |",
+        "|---|---|---|---|",
+    ]
+    lines += [f"| {p} | {n} | {c[0]} | {c[1]} |" for _, p, n, c in sorted(rows)]
+    return "\n".join(lines)
+
+
+def plot(groups: dict, operators: list[str], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(METRICS), 3.2 * len(operators)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(operators), len(METRICS), squeeze=False)
+    for row, operator in zip(axes, operators, strict=True):
+        for axis, (metric, title) in zip(row, METRICS.items(), strict=True):
+            shown = [p for p in PATTERNS if (operator, p) in groups]
+            for place, pattern in enumerate(shown):
+                values = [record[metric] for record in groups[operator, pattern]]
+                color = "tab:orange" if pattern == "learned" else "tab:blue"
+                axis.plot(values, [place] * len(values), "o", color=color, alpha=0.6)
+                axis.plot(statistics.mean(values), place, "|", color=color, markersize=16)
+            axis.set_yticks(range(len(shown)), shown)
+            axis.invert_yaxis()
+            axis.set_title(f"{operator}: {title} (lower is better)", fontsize=10)
+            axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = arguments.parser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, function in (("run", run), ("report", report)):
+        command = commands.add_parser(name, allow_abbrev=False)
+        command.set_defaults(function=function)
+        add = command.add_argument
+        add("--results", type=Path, default=RESULTS, help="folder of the JSONs, one a case")
+        if name == "run":
+            add("--work", type=Path, required=True, help="run folders are made here")
+            add("--operators", nargs="+", default=["swa", "hyena_y"])
+            add("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
+            add("--seeds", type=arguments.seed, nargs="+", default=[0, 1, 2])
+            add("--steps", type=arguments.positive, default=600, help="of finetuning")
+            add("--selection-steps", type=arguments.positive, default=600)
+            add("--batch", type=arguments.positive, default=64, help="images a step")
+            add("--num-samples", type=arguments.positive, default=1024, help="images to score")
+            add("--jobs", type=arguments.positive, default=1, help="cases at the same time")
+            add("--train-flags", type=shlex.split, default=[], help="one string, for both trainers")
+            add("--selection-flags", type=shlex.split, default=[], help="for prune_by_learning.py")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    distributed.run(args.function, args)

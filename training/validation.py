@@ -1,0 +1,54 @@
+"""The diffusion loss on held-out latents: the same images, timesteps and noise at every call."""
+
+import torch
+
+from diffusion.gaussian import Diffusion
+from latents.store import LatentStore
+from training import distributed, precision
+from training.distributed import World
+from training.draws import draw
+
+SEED = 0
+DRAWS = 4  # timesteps an image
+
+
+@torch.no_grad()
+def validation_loss(
+    model: torch.nn.Module,
+    store: LatentStore,
+    diffusion: Diffusion,
+    world: World,
+    dtype: torch.dtype,
+    batch_size: int = 64,
+) -> dict[str, float]:
+    """Means of "loss", "mse" and "vb" over all images of a store, each at `DRAWS` timesteps.
+
+    The draws depend on an image's place in the store alone, so that models, steps and world sizes
+    compare. No label is dropped. The model runs in eval mode, uncompiled, and is left as it was.
+
+    Args:
+        dtype: of the autocast, as in training.
+        batch_size: images at a time on each process.
+    """
+    was_training = model.training
+    model.eval()
+    names = ("loss", "mse", "vb")
+    sums = torch.zeros(4, device=world.device, dtype=torch.float64)
+    mine = torch.arange(world.rank, len(store), world.size)
+    for index in mine.split(batch_size):
+        moments = store.read(index).to(world.device)
+        labels = torch.from_numpy(store.labels[index.numpy()]).to(world.device)
+        index = index.to(world.device)
+        for number in range(DRAWS):
+            x = store.latents(moments, index, SEED, number)  # [B,C,H,W]
+            draws = draw(SEED, number, index, x.shape[1:], diffusion.num_timesteps, 0.0)
+            with precision.autocast(world.device, dtype):
+                terms = diffusion.training_losses(
+                    model.forward, x, draws.t, {"y": labels}, noise=draws.noise
+                )
+            sums += torch.stack(
+                [*(terms[n].double().sum() for n in names), sums.new_tensor(len(x))]
+            )
+    model.train(was_training)
+    *totals, number = distributed.sum_across(world, sums).tolist()
+    return {name: total / number for name, total in zip(names, totals, strict=True)}
