@@ -34,7 +34,7 @@ def environment() -> dict:
     """Versions and revision that a result was made with."""
     return {
         "git_revision": git_revision(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "python": platform.python_version(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

@@ -243,6 +243,23 @@ def test_two_processes_train_like_one(work, pair):
             assert one[key] == pytest.approx(two[key], rel=1e-4 if key == "grad_norm" else 1e-5)
 
 
+def test_two_processes_distill_like_one(work):
+    found = []
+    for name, processes in (("distill1", 0), ("distill2", 2)):
+        run(
+            "distill_operators.py", "--config", "configs/mini/75p_hyena_y.yaml", "--prefix", name,
+            "--data-path", work / "latents", "--results-dir", work / "runs", "--max-steps", 2,
+            "--num-samples", 16, "--val-samples", 6, "--global-batch-size", 4, "--log-every", 1,
+            processes=processes,
+        )  # fmt: skip
+        folder = work / "runs" / f"{name}-DiT-Mini-2"
+        assert len(list((folder / "operators").glob("*.pt"))) == 21
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        found.append([v for line in lines for k, v in sorted(line.items()) if "loss/" in k])
+    assert len(found[0]) == (2 + 2) * 21  # two steps, and two validations
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-4)
+
+
 def test_trained_grafts_score_far_better_than_fresh_ones(work):
     """The same 50 % graft: attention inherited and finetuned a little, and operators untrained."""
     content = yaml.safe_load((REPOSITORY / "configs/mini/75p_swa.yaml").read_text())

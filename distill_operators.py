@@ -1,0 +1,288 @@
+r"""Stage 1: initialises the new operators of a graft by distilling the ones that they replace.
+
+The pretrained model runs forward once a batch; every grafted slot's input and output go to its new
+operator, and all operators take their step together, each with its own optimiser (arXiv
+2506.05340, which caches the activations and trains block by block). No activation is stored.
+
+Inputs:  a latent store (extract_features.py), a graft YAML, the pretrained DiT.
+Outputs: <results-dir>/<prefix>-<model>/ with operators/block01.mha.<operator>.pt (the weights of
+         the lowest validation loss), distilled.yaml (the plan with `graft_weights` filled in, which
+         finetuning, selection and sampling read), distillation.json, log.txt, metrics.jsonl,
+         tensorboard/ and checkpoints/.
+
+    torchrun --nnodes=1 --nproc_per_node=8 distill_operators.py --config configs/75p_hyena_y.yaml \
+        --data-path data/imagenet_encoded --num-samples 8000 --epochs 200 --global-batch-size 64
+"""
+
+import argparse
+import time
+from dataclasses import replace
+
+import torch
+from tqdm import tqdm
+
+from diffusion import create_diffusion
+from latents.loader import LatentLoader, balanced_rows
+from latents.store import open_latents
+from models.files import write_json, write_whole
+from models.grafting import with_base
+from models.operators.accelerators import accelerate
+from models.plan import plan_from_flags, write_plan
+from models.provenance import environment
+from training import arguments, checkpoint, distributed, precision
+from training.compilation import compile_step
+from training.distillation import LOSSES, Best, Steps, Students, Teacher, build_students, name_of
+from training.draws import draw
+from training.optimizer import SCHEDULES, StepGuard, adamw, count, schedule
+from training.runlog import RunLog, watched
+
+# A resumed run must have these flags as it was begun with
+FIXED = (
+    "num_samples",
+    "val_samples",
+    "loss_mha",
+    "loss_mlp",
+    "huber_delta",
+    "gate_weighting",
+    "lr",
+)
+FIXED += ("lr_schedule", "milestones", "lr_gamma", "weight_decay", "clip_grad", "class_dropout")
+VALIDATION_EPOCH = 2**32 - 1  # its draws are those of no training epoch
+
+
+def main(args: argparse.Namespace) -> None:
+    # Processes, and all that can be wrong before any work starts
+    world = distributed.start(args.device)
+    dtype = precision.choose(args.precision, world.device)
+    precision.allow_tf32(dtype != torch.float32)
+    torch.manual_seed(args.global_seed)
+    plan = plan_from_flags(args.config_filepath, None, args.image_size, args.num_classes)
+    plan = with_base(plan, args.load_weight)
+    store = open_latents(args.data_path, num_classes=plan.num_classes)
+    store.check_shape((4, plan.input_size, plan.input_size), f"{plan.model_name} of {plan.path}")
+    wanted = args.num_samples + args.val_samples
+    if len(store) < wanted:
+        raise ValueError(
+            f"{args.data_path} holds {len(store)} images, fewer than --num-samples "
+            f"{args.num_samples} + --val-samples {args.val_samples}; lower them or extract more"
+        )
+    rows = balanced_rows(store.labels, wanted, args.global_seed)
+    train_rows, val_rows = rows.split([args.num_samples, args.val_samples])
+    extent = checkpoint.extent(args, plan, args.num_samples)
+    folder, total_steps = extent.folder, extent.total_steps
+    resumed = checkpoint.find(world, args.resume, folder)
+    start_step = 0
+    if resumed is not None:
+        start_step = checkpoint.check(resumed, plan, args, extent.order, FIXED)
+    loader = LatentLoader(
+        store,
+        args.global_batch_size,
+        world,
+        args.global_seed,
+        start_step,
+        args.num_workers,
+        train_rows,
+    )
+
+    # Teacher and students
+    dit, operators = build_students(plan, args.global_seed)
+    teacher = Teacher(dit, list(operators)).to(world.device)
+    kinds = {"mha": args.loss_mha, "mlp": args.loss_mlp}
+    students = Students(operators, kinds, args.huber_delta, args.gate_weighting)
+    students.to(world.device).train()
+
+    # Run folder
+    log = RunLog(folder, world, vars(args), start_step=start_step)
+    log.info(f"{plan.describe()}; {len(operators)} operators, {count(students.parameters()):,}")
+    log.info(f"teacher: {plan.base_ckpt_path}, {len(dit.blocks)} of {plan.depth} blocks run")
+    for line in accelerate(students, world.device, dtype, dit.num_tokens, args.kernels):
+        log.info(line)
+    log.info(
+        f"{args.num_samples:,} images and {args.val_samples:,} to validate on; {total_steps:,} "
+        f"steps of {args.global_batch_size} on {world.size} x {world.device.type}, {dtype}"
+    )
+
+    # Optimisers: one an operator
+    guards, schedules = [], []
+    for operator in students.operators:
+        optimizer = adamw([{"params": [*operator.parameters()], "lr": args.lr}], args.weight_decay)
+        guards.append(StepGuard(optimizer, args.clip_grad))
+        marks = [epoch * extent.steps_per_epoch for epoch in args.milestones]
+        schedules.append(
+            schedule(
+                optimizer,
+                args.lr_schedule,
+                total_steps=total_steps,
+                warmup_steps=args.warmup_steps,
+                milestones=marks,
+                gamma=args.lr_gamma,
+            )
+        )
+    steps, best = Steps(guards, schedules), Best(students)
+    run = checkpoint.RunState(extent, world, plan, args, model=students, opt=steps, best=best)
+    if resumed is not None:
+        run.restore(resumed)
+        del resumed
+    latents, draws_of = compile_step(world, args.compile, None, store.latents, draw)
+    if args.compile and world.device.type == "cuda":
+        teacher.compile()
+        students.compile()
+    net = distributed.wrap(world, students)
+    diffusion = create_diffusion("")
+    slots = students.slots
+
+    def batch_of(moments, index, labels, epoch, class_dropout):
+        """What the teacher takes: noised latents, timesteps, labels and dropped labels."""
+        x = latents(moments, index, args.global_seed, epoch)  # [B,C,H,W]
+        draws = draws_of(
+            args.global_seed, epoch, index, x.shape[1:], diffusion.num_timesteps, class_dropout
+        )
+        return diffusion.q_sample(x, draws.t, draws.noise), draws.t, labels, draws.drop
+
+    @torch.no_grad()
+    def validate(step: int) -> None:
+        sums = torch.zeros(2, len(slots), device=world.device)
+        seen = torch.zeros((), device=world.device)
+        for index in val_rows[world.rank :: world.size].split(args.global_batch_size // world.size):
+            moments = store.read(index).to(world.device)
+            labels = torch.from_numpy(store.labels[index.numpy()]).to(world.device)
+            index = index.to(world.device)
+            batch = batch_of(moments, index, labels, VALIDATION_EPOCH, 0.0)
+            with precision.autocast(world.device, dtype):
+                losses, errors = students.forward(*teacher.forward(*batch))
+            sums += torch.stack([losses, errors]) * len(index)
+            seen += len(index)
+        distributed.sum_across(world, sums)
+        losses, errors = (sums / distributed.sum_across(world, seen)).tolist()
+        errors = [error**0.5 for error in errors]
+        best.update(losses, errors, step)
+        names = [name_of(slot) for slot in slots]
+        log.metrics(step, **{f"val_loss/{n}": v for n, v in zip(names, losses, strict=True)})
+        log.metrics(step, **{f"val_error/{n}": v for n, v in zip(names, errors, strict=True)})
+        log.info(
+            f"step {step:07d}  relative error {min(errors):.1%} to {max(errors):.1%}, worst "
+            f"{names[max(range(len(errors)), key=errors.__getitem__)]}"
+        )
+
+    # Training
+    if start_step == 0:
+        validate(0)
+    running = torch.zeros(len(slots), device=world.device)
+    logged_step, logged_at = start_step, time.perf_counter()
+    named: set[int] = set()
+    bar = tqdm(total=total_steps, initial=start_step, disable=not watched(world), unit="step")
+    for batch in loader:
+        if batch.step >= total_steps:
+            break
+        noised = batch_of(batch.moments, batch.index, batch.labels, batch.epoch, args.class_dropout)
+        with precision.autocast(world.device, dtype):
+            losses, _ = net(*teacher(*noised))
+        steps.zero_grad()
+        losses.sum().backward()
+        steps.step()
+        running += losses.detach()
+
+        step = batch.step + 1
+        bar.update()
+        if step % args.log_every == 0 or step == total_steps:
+            failing = steps.failing()
+            for i in sorted({*failing} - named):
+                log.info(f"{name_of(slots[i])}: its gradient is not finite; it takes no step")
+            named = {*failing}
+            means = distributed.sum_across(world, running) / world.size / (step - logged_step)
+            rate = (step - logged_step) / (time.perf_counter() - logged_at)
+            values = {f"loss/{name_of(s)}": v for s, v in zip(slots, means.tolist(), strict=True)}
+            log.metrics(
+                step,
+                **values,
+                lr=schedules[0].get_last_lr()[0],
+                steps_per_sec=rate,
+                images_per_sec=rate * args.global_batch_size,
+            )
+            log.info(f"step {step:07d}  mean loss {means.mean():.5f}  {rate:.2f} steps/s")
+            running.zero_()
+            logged_step, logged_at = step, time.perf_counter()
+        if step % args.val_every == 0 or step == total_steps:
+            validate(step)
+        if step % args.ckpt_every == 0 and step < total_steps:
+            log.info(f"saved {run.save(step)}")
+    bar.close()
+    if start_step < total_steps:
+        log.info(f"saved {run.save(total_steps)}")
+
+    # The operators
+    lost = [name_of(slots[i]) for i in steps.failing()]
+    if world.main:
+        files, summary = {}, {}
+        provenance = {"plan": plan.architecture(), "settings": vars(args), **environment()}
+        for i, (block, slot) in enumerate(slots):
+            graft = plan.graft_at(block, slot)
+            found = {"val_loss": best.losses[i], "val_error": best.errors[i], "step": best.steps[i]}
+            summary[name_of((block, slot))] = {"operator": graft.operator, **found}
+            if best.steps[i] >= 0:
+                path = folder / "operators" / f"{name_of((block, slot))}.{graft.operator}.pt"
+                weights = {n: t.cpu() for n, t in best.weights[i].items()}
+                state = {"model": weights, "provenance": {**provenance, **found}}
+                write_whole(path, lambda partial, state=state: torch.save(state, partial))
+                files[block, slot] = path.resolve()
+        write_json(folder / "distillation.json", {"operators": summary, **provenance})
+        if len(files) == len(slots):
+            finished = replace(plan, grafted_ckpt_path=None, graft_weights=files, graft_init=None)
+            header = f"Operators distilled by distill_operators.py from {plan.path.name}."
+            write_plan(finished, folder / "distilled.yaml", {}, header)
+            log.info(f"next: --config {folder}/distilled.yaml")
+    log.close()
+    distributed.barrier(world)
+    distributed.stop()
+    if lost:
+        raise ValueError(
+            f"{', '.join(lost)}: the gradient was not finite to the end; the best weights before "
+            "that were kept. Lower --lr, or look at the data; the other operators are whole"
+        )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = arguments.parser(__doc__)
+    add = parser.add_argument_group("model and data").add_argument
+    add("--data-path", required=True, help="latent store, from extract_features.py")
+    add("--config-filepath", "--config", required=True, help="graft YAML: which operators, where")
+    add("--load-weight", help="base DiT checkpoint, instead of the YAML's base_ckpt_path")
+    add("--image-size", type=arguments.positive, help="pixels; must agree with the YAML")
+    add("--num-classes", type=arguments.positive, help="must agree with the YAML")
+    add(
+        "--num-samples",
+        type=arguments.positive,
+        default=8000,
+        help="images to train on, balanced over the classes; a function of --global-seed",
+    )
+    add("--val-samples", type=arguments.positive, default=256, help="further images, to validate")
+    add = arguments.add_run(parser, prefix="distill")
+    add("--val-every", type=arguments.positive, default=500, help="steps between validations")
+    add = parser.add_argument_group("distillation").add_argument
+    add("--loss-mha", choices=LOSSES, default="l1", help="of operators in the mha slot")
+    add("--loss-mlp", choices=LOSSES, default="l2", help="of operators in the mlp slot")
+    add("--huber-delta", type=arguments.rate, default=1.0, help="where huber turns linear")
+    add(
+        "--gate-weighting",
+        action="store_true",
+        help="weigh errors by the gate with which the block adds them to its input",
+    )
+    add = arguments.add_optimisation(parser, ema_decay=None)
+    add("--lr-schedule", choices=SCHEDULES, default="milestones", help="after the warm-up")
+    add(
+        "--milestones",
+        type=arguments.positive,
+        nargs="*",
+        default=[50, 100, 150],
+        help="epochs at which milestones multiplies the learning rate by --lr-gamma",
+    )
+    add("--lr-gamma", type=arguments.share, default=0.5, help="see --milestones")
+    add("--warmup-steps", type=arguments.nonnegative, default=0, help="linear from 0 to --lr")
+    add("--weight-decay", type=arguments.weight, default=0.0, help="of AdamW")
+    arguments.add_machine(parser)
+    parser.set_defaults(epochs=200, global_batch_size=64, clip_grad=10.0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    distributed.run(main, parse_args())

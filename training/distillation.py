@@ -1,0 +1,268 @@
+"""Activation distillation: new operators regress onto the ones they replace, all blocks at once.
+
+Stage 1 of "Exploring Diffusion Transformer Designs via Grafting" (arXiv 2506.05340): the pretrained
+model runs forward once a batch, and every new operator learns to give what the old one gave for
+the same input.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.dit import DiT
+from models.graft_plan import GraftPlan
+from models.grafting import build_grafted
+from models.operators import build_operator
+from models.weights import SLOTS
+from training.optimizer import StepGuard
+
+LOSSES = ("l1", "l2", "huber")
+GATE_CHUNK = {"mha": 2, "mlp": 5}  # of the six parts of a block's adaLN modulation
+
+Slot = tuple[int, str]  # (block, "mha" or "mlp")
+
+
+def name_of(slot: Slot) -> str:
+    """The slot in names of files and logs: block07.mha"""
+    return f"block{slot[0]:02d}.{slot[1]}"
+
+
+class _Tap(nn.Module):
+    """Runs a module and keeps what went in and came out, for who called it."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+        self.seen: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.module(x)
+        self.seen = (x, y)
+        return y
+
+    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
+        seen, self.seen = self.seen, None
+        return seen
+
+
+class Teacher(nn.Module):
+    """The frozen model up to its last wanted slot: what enters and leaves each slot, in eval mode.
+
+    forward(x [B,C,H,W], t [B], y [B], drop bool [B]) -> inputs, outputs and gates, each a list over
+    `slots`: [B,T,D], [B,T,D], and [B,D], the factor of the block on what the operator gives. `dit`
+    is changed in place and loses the blocks that come after.
+    """
+
+    def __init__(self, dit: DiT, slots: Sequence[Slot]):
+        super().__init__()
+        self.slots = tuple(slots)
+        self.dit = dit.eval().requires_grad_(False)
+        del dit.blocks[1 + max(block for block, _ in slots) :]
+        for block, slot in self.slots:
+            holder, name = dit.blocks[block], SLOTS[slot]
+            setattr(holder, name, _Tap(getattr(holder, name)))
+        for block in sorted({block for block, _ in self.slots}):
+            holder = dit.blocks[block]
+            holder.adaLN_modulation = _Tap(holder.adaLN_modulation)
+
+    @torch.no_grad()
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, drop: torch.Tensor
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+        self.dit.run_blocks(x, t, y, drop=drop)
+        inputs, outputs, gates = [], [], []
+        blocks = {block for block, _ in self.slots}
+        modulation = {b: self.dit.blocks[b].adaLN_modulation.take()[1] for b in blocks}
+        for block, slot in self.slots:
+            h, f = getattr(self.dit.blocks[block], SLOTS[slot]).take()
+            inputs.append(h)
+            outputs.append(f)
+            gates.append(modulation[block].chunk(6, dim=1)[GATE_CHUNK[slot]])
+        return inputs, outputs, gates
+
+
+class Students(nn.Module):
+    """The new operators of a plan, each with its loss; they share nothing.
+
+    forward(inputs, targets, gates) -> losses [S] and squared relative errors
+    sum (g - f)^2 / sum f^2, [S], in the order of `slots`. `kinds`: slot kind -> one of LOSSES.
+    weigh_by_gate: the error of a sample and channel counts by the gate with which it enters the
+    model.
+    """
+
+    def __init__(
+        self,
+        operators: dict[Slot, nn.Module],
+        kinds: dict[str, str],
+        delta: float,
+        weigh_by_gate: bool,
+    ):
+        super().__init__()
+        self.slots = tuple(operators)
+        self.operators = nn.ModuleList(operators.values())
+        self.kinds, self.delta, self.weigh_by_gate = dict(kinds), delta, weigh_by_gate
+
+    def forward(
+        self,
+        inputs: list[torch.Tensor],
+        targets: list[torch.Tensor],
+        gates: list[torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        losses, relative = [], []
+        for (_, slot), operator, h, f, gate in zip(
+            self.slots, self.operators, inputs, targets, gates, strict=True
+        ):
+            f = f.float()
+            error = operator(h).float() - f  # B T D
+            relative.append(error.detach().square().sum() / f.square().sum())
+            if self.weigh_by_gate:
+                error = error * gate.float().unsqueeze(1)
+            losses.append(self._loss(self.kinds[slot], error))
+        return torch.stack(losses), torch.stack(relative)
+
+    def _loss(self, kind: str, error: torch.Tensor) -> torch.Tensor:
+        if kind == "l1":
+            return error.abs().mean()
+        if kind == "l2":
+            return error.square().mean()
+        return F.huber_loss(error, torch.zeros_like(error), delta=self.delta)
+
+
+def build_students(plan: GraftPlan, seed: int) -> tuple[DiT, dict[Slot, nn.Module]]:
+    """The pretrained model of a plan, and its new operators at their start.
+
+    Operators start from the plan's `graft_weights` or `graft_init`; a fresh tensor is a function of
+    (seed, block, slot), whichever other operators there are. The plan's grafted checkpoint is not
+    read.
+
+    Raises:
+        FileNotFoundError, ValueError: as `build_grafted`; the plan has no grafts, no pretrained
+            model, or a graft that begins as the very operator it replaces.
+    """
+    if not plan.grafts:
+        raise ValueError(f"{plan.path}: has no grafts; there is nothing to distill")
+    if plan.base_ckpt_path is None:
+        raise ValueError(
+            f"{plan.path}: has no base_ckpt_path: name the pretrained model to learn from there or "
+            "with --load-weight"
+        )
+    plan = replace(plan, grafted_ckpt_path=None)
+    teacher, _ = build_grafted(replace(plan, grafts=(), graft_weights={}))
+    started, report = build_grafted(plan)
+    students: dict[Slot, nn.Module] = {}
+    for block in plan.grafted_blocks():
+        for slot, attribute in SLOTS.items():
+            graft = plan.graft_at(block, slot)
+            if graft is None:
+                continue
+            place = f"blocks.{block}.{attribute}."
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(((seed * 1000 + block) * 2 + (slot == "mlp")) % 2**63)
+                operator = build_operator(graft.operator, **graft.config)
+            taken = {
+                name: tensor
+                for name, tensor in getattr(started.blocks[block], attribute).state_dict().items()
+                if report.sources[place + name] != "fresh"
+            }
+            inherited = [n for n in taken if report.sources[place + n] == "inherited"]
+            if len(inherited) == len(operator.state_dict()) and _is_original(
+                teacher, started, place
+            ):
+                raise ValueError(
+                    f"{plan.path}: block {block}: {graft.operator} in the {slot} slot starts as "
+                    "the very operator that it replaces: there is nothing to learn; say "
+                    "graft_init: fresh"
+                )
+            operator.load_state_dict({**operator.state_dict(), **taken}, strict=True)
+            students[block, slot] = operator
+    return teacher, students
+
+
+def _is_original(teacher: DiT, started: DiT, place: str) -> bool:
+    """Whether the operator at a place is of the same kind in both models."""
+    name = place.removesuffix(".")
+    return type(teacher.get_submodule(name)) is type(started.get_submodule(name))
+
+
+class Steps:
+    """One optimiser, schedule and guard an operator: nothing of one touches another's step."""
+
+    def __init__(self, guards: list[StepGuard], schedules: list):
+        self.guards, self.schedules = guards, schedules
+
+    def step(self) -> torch.Tensor:
+        """A step of every operator whose gradient is finite; their norms before clipping, [S]."""
+        norms = [guard.step() for guard in self.guards]
+        for schedule in self.schedules:
+            schedule.step()
+        return torch.stack(norms)
+
+    def zero_grad(self) -> None:
+        for guard in self.guards:
+            guard.optimizer.zero_grad(set_to_none=True)
+
+    def failing(self) -> list[int]:
+        """Operators whose gradient was not finite in the last step (waits for the device)."""
+        rows = torch.stack([guard.in_a_row for guard in self.guards]).tolist()
+        return [i for i, row in enumerate(rows) if row]
+
+    def state_dict(self) -> dict:
+        """For a checkpoint."""
+        return {
+            "optimizers": [guard.optimizer.state_dict() for guard in self.guards],
+            "guards": [guard.state_dict() for guard in self.guards],
+            "schedules": [schedule.state_dict() for schedule in self.schedules],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes everything back."""
+        for guard, optimizer, counts in zip(
+            self.guards, state["optimizers"], state["guards"], strict=True
+        ):
+            guard.optimizer.load_state_dict(optimizer)
+            guard.load_state_dict(counts)
+        for schedule, held in zip(self.schedules, state["schedules"], strict=True):
+            schedule.load_state_dict(held)
+
+
+class Best:
+    """The weights of every operator where its validation loss was lowest."""
+
+    def __init__(self, students: Students):
+        self.students = students
+        self.losses = [math.inf] * len(students.slots)
+        self.errors = [math.nan] * len(students.slots)
+        self.steps = [-1] * len(students.slots)
+        self.weights = [
+            {n: t.detach().clone() for n, t in operator.state_dict().items()}
+            for operator in students.operators
+        ]
+
+    def update(self, losses: list[float], errors: list[float], step: int) -> None:
+        """Keeps the operators that are better than ever; a NaN never is."""
+        for i, loss in enumerate(losses):
+            if loss < self.losses[i]:
+                self.losses[i], self.errors[i], self.steps[i] = loss, errors[i], step
+                for name, tensor in self.students.operators[i].state_dict().items():
+                    self.weights[i][name].copy_(tensor)
+
+    def state_dict(self) -> dict:
+        """For a checkpoint."""
+        return {
+            "losses": self.losses,
+            "errors": self.errors,
+            "steps": self.steps,
+            "weights": self.weights,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes everything back."""
+        for key in ("losses", "errors", "steps"):
+            setattr(self, key, list(state[key]))
+        for mine, held in zip(self.weights, state["weights"], strict=True):
+            for name, tensor in held.items():
+                mine[name].copy_(tensor)
