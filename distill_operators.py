@@ -33,7 +33,7 @@ from training import arguments, checkpoint, distributed, precision
 from training.compilation import compile_step
 from training.distillation import LOSSES, Best, Steps, Students, Teacher, build_students, name_of
 from training.draws import draw
-from training.optimizer import SCHEDULES, StepGuard, adamw, count, schedule
+from training.optimizer import StepGuard, adamw, count, schedule
 from training.runlog import RunLog, watched
 
 # A resumed run must have these flags as it was begun with
@@ -268,17 +268,7 @@ def parse_args() -> argparse.Namespace:
         help="weigh errors by the gate with which the block adds them to its input",
     )
     add = arguments.add_optimisation(parser, ema_decay=None)
-    add("--lr-schedule", choices=SCHEDULES, default="milestones", help="after the warm-up")
-    add(
-        "--milestones",
-        type=arguments.positive,
-        nargs="*",
-        default=[50, 100, 150],
-        help="epochs at which milestones multiplies the learning rate by --lr-gamma",
-    )
-    add("--lr-gamma", type=arguments.share, default=0.5, help="see --milestones")
-    add("--warmup-steps", type=arguments.nonnegative, default=0, help="linear from 0 to --lr")
-    add("--weight-decay", type=arguments.weight, default=0.0, help="of AdamW")
+    arguments.add_schedule(add, kind="milestones", milestones=[50, 100, 150])
     arguments.add_machine(parser)
     parser.set_defaults(epochs=200, global_batch_size=64, clip_grad=10.0)
     return parser.parse_args()

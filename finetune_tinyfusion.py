@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from diffusion import create_diffusion
-from latents.loader import LatentLoader
+from latents.loader import LatentLoader, balanced_rows
 from latents.store import open_latents
 from models.grafting import build_grafted, with_base
 from models.operators.accelerators import accelerate
@@ -29,13 +29,13 @@ from training import arguments, checkpoint, distributed, precision
 from training.compilation import compile_step
 from training.draws import draw
 from training.ema import Ema
-from training.optimizer import SCHEDULES, StepGuard, adamw, count, schedule
+from training.optimizer import StepGuard, adamw, count, schedule
 from training.runlog import RunLog, watched
 from training.validation import validation_loss
 
 # A resumed run must have these flags as it was begun with
 FIXED = ("lr", "lr_schedule", "lr_end_factor", "warmup_steps", "weight_decay", "clip_grad")
-FIXED += ("class_dropout", "ema_decay")
+FIXED += ("class_dropout", "ema_decay", "milestones", "lr_gamma")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -48,7 +48,10 @@ def main(args: argparse.Namespace) -> None:
     plan = with_base(plan, args.load_weight)
     store = open_latents(args.data_path, num_classes=plan.num_classes)
     store.check_shape((4, plan.input_size, plan.input_size), f"{plan.model_name} of {plan.path}")
-    extent = checkpoint.extent(args, plan, len(store))
+    rows = None
+    if args.num_images is not None:
+        rows = balanced_rows(store.labels, args.num_images, args.global_seed)
+    extent = checkpoint.extent(args, plan, args.num_images or len(store))
     folder, total_steps = extent.folder, extent.total_steps
     held_out = None
     if args.val_data_path is not None:
@@ -59,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
     if resumed is not None:
         start_step = checkpoint.check(resumed, plan, args, extent.order, FIXED)
     loader = LatentLoader(
-        store, args.global_batch_size, world, args.global_seed, start_step, args.num_workers
+        store, args.global_batch_size, world, args.global_seed, start_step, args.num_workers, rows
     )
 
     # Model: every tensor from a file, or from the checkpoint that is resumed
@@ -72,7 +75,7 @@ def main(args: argparse.Namespace) -> None:
     for line in report.lines() if resumed is None else [f"resumed at step {start_step}"]:
         log.info(line)
     log.info(
-        f"{len(store):,} images in {args.data_path}; {total_steps:,} steps of "
+        f"{extent.order['images']:,} images of {args.data_path}; {total_steps:,} steps of "
         f"{args.global_batch_size} on {world.size} x {world.device.type}, {dtype}"
     )
     for line in accelerate(model, world.device, dtype, model.num_tokens, args.kernels):
@@ -87,6 +90,8 @@ def main(args: argparse.Namespace) -> None:
         total_steps=total_steps,
         warmup_steps=args.warmup_steps,
         end_factor=args.lr_end_factor,
+        milestones=[epoch * extent.steps_per_epoch for epoch in args.milestones],
+        gamma=args.lr_gamma,
     )
     guard = StepGuard(optimizer, args.clip_grad)
     ema = Ema(model, args.ema_decay)
@@ -170,6 +175,11 @@ def parse_args() -> argparse.Namespace:
     parser = arguments.parser(__doc__)
     add = parser.add_argument_group("model and data").add_argument
     add("--data-path", required=True, help="latent store, from extract_features.py")
+    add(
+        "--num-images",
+        type=arguments.positive,
+        help="train on so many images, balanced over the classes; a function of --global-seed",
+    )
     add("--val-data-path", help="latent store held out; its loss is logged, of the EMA weights")
     add("--config-filepath", "--config", help="graft YAML; without one --model is trained plain")
     add("--model", help="preset, such as DiT-XL/2; must agree with the YAML when both are given")
@@ -182,10 +192,8 @@ def parse_args() -> argparse.Namespace:
     add = arguments.add_run(parser, prefix="finetune")
     add("--val-every", type=arguments.positive, help="steps between validations (unset: the end)")
     add = arguments.add_optimisation(parser, ema_decay=0.9999)
-    add("--lr-schedule", choices=SCHEDULES, default="cosine", help="after the warm-up")
+    arguments.add_schedule(add, kind="cosine", milestones=[])
     add("--lr-end-factor", type=arguments.share, default=0.5, help="cosine ends at this x --lr")
-    add("--warmup-steps", type=arguments.nonnegative, default=0, help="linear from 0 to --lr")
-    add("--weight-decay", type=arguments.weight, default=0.0, help="of AdamW")
     arguments.add_machine(parser)
     add = parser.add_argument_group("accepted so that old commands run").add_argument
     add("--vae", help="without effect: the images are encoded already")

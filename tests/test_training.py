@@ -281,3 +281,17 @@ def test_validation_draws_the_same_whatever_the_batch(tmp_path):
         inside = model.final_layer.linear.weight.detach()
         torch.testing.assert_close(inside, before["final_layer.linear.weight"] + 0.5)
     assert torch.equal(model.final_layer.linear.weight, moved)
+
+
+def test_milestones_divide_the_rate():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = adamw([{"params": [weight], "lr": 8.0}], 0.0)
+    rate = schedule(
+        optimizer, "milestones", total_steps=9, warmup_steps=2, milestones=[4, 6], gamma=0.5
+    )
+    seen = []
+    for _ in range(8):
+        seen.append(rate.get_last_lr()[0])
+        optimizer.step()
+        rate.step()
+    assert seen == [4, 8, 8, 8, 4, 4, 2, 2]

@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable
 from typing import NoReturn
 
+from training.optimizer import SCHEDULES
+
 
 def parser(doc: str, positional: str = "") -> argparse.ArgumentParser:
     """A parser whose --help shows the entry's docstring and every default that says something.
@@ -87,6 +89,21 @@ def add_optimisation(parser: argparse.ArgumentParser, ema_decay: float | None) -
     if ema_decay is not None:
         add("--ema-decay", type=decay, default=ema_decay, help="of the averaged weights")
     return add
+
+
+def add_schedule(add: Callable, kind: str, milestones: list[int]) -> None:
+    """The flags of `training.optimizer.schedule`, with these defaults."""
+    add("--lr-schedule", choices=SCHEDULES, default=kind, help="after the warm-up")
+    add(
+        "--milestones",
+        type=positive,
+        nargs="*",
+        default=milestones,
+        help="epochs at which --lr-schedule milestones multiplies the rate by --lr-gamma",
+    )
+    add("--lr-gamma", type=share, default=0.5, help="see --milestones")
+    add("--warmup-steps", type=nonnegative, default=0, help="linear from 0 to --lr")
+    add("--weight-decay", type=weight, default=0.0, help="of AdamW")
 
 
 def add_machine(parser: argparse.ArgumentParser) -> Callable:
