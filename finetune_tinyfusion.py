@@ -15,6 +15,7 @@ DiT. The same command runs without torchrun, on CPU or GPU.
 
 import argparse
 import time
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -53,10 +54,11 @@ def main(args: argparse.Namespace) -> None:
         rows = balanced_rows(store.labels, args.num_images, args.global_seed)
     extent = checkpoint.extent(args, plan, args.num_images or len(store))
     folder, total_steps = extent.folder, extent.total_steps
-    held_out = None
-    if args.val_data_path is not None:
-        held_out = open_latents(args.val_data_path, num_classes=plan.num_classes)
-        held_out.check_shape(store.shape, f"{plan.model_name} of {plan.path}")
+    held_out = {
+        Path(p).name: open_latents(p, num_classes=plan.num_classes) for p in args.val_data_path
+    }
+    for other in held_out.values():
+        other.check_shape(store.shape, f"{plan.model_name} of {plan.path}")
     resumed = checkpoint.find(world, args.resume, folder)
     start_step = 0
     if resumed is not None:
@@ -156,11 +158,11 @@ def main(args: argparse.Namespace) -> None:
             running.zero_()
             logged_step, logged_at = step, time.perf_counter()
         due = step == total_steps or (args.val_every and step % args.val_every == 0)
-        if held_out is not None and due:
+        for name, other in held_out.items() if due else ():
             with ema.applied():
-                found = validation_loss(model, held_out, diffusion, world, dtype)
-            log.metrics(step, **{f"val_{name}": value for name, value in found.items()})
-            log.info(f"step {step:07d}  validation loss {found['loss']:.4f} of the EMA")
+                found = validation_loss(model, other, diffusion, world, dtype)
+            log.metrics(step, **{f"val_{key}/{name}": value for key, value in found.items()})
+            log.info(f"step {step:07d}  loss of the EMA on {name} {found['loss']:.4f}")
         if step % args.ckpt_every == 0 and step < total_steps:
             log.info(f"saved {run.save(step)}")
     bar.close()
@@ -180,7 +182,12 @@ def parse_args() -> argparse.Namespace:
         type=arguments.positive,
         help="train on so many images, balanced over the classes; a function of --global-seed",
     )
-    add("--val-data-path", help="latent store held out; its loss is logged, of the EMA weights")
+    add(
+        "--val-data-path",
+        nargs="*",
+        default=[],
+        help="latent stores on which the EMA's loss is logged, each under its folder's name",
+    )
     add("--config-filepath", "--config", help="graft YAML; without one --model is trained plain")
     add("--model", help="preset, such as DiT-XL/2; must agree with the YAML when both are given")
     add("--image-size", type=arguments.positive, help="pixels; as the YAML (256 without one)")

@@ -80,6 +80,7 @@ class TensorSources:
         if plan.grafted_ckpt_path is not None:
             key = "grafted_dit_ckpt_path"
             self.checkpoint = self._open("checkpoint", plan.grafted_ckpt_path, key)
+            self._check_related(self.checkpoint)
         elif plan.graft_weights and plan.base_ckpt_path is None:
             raise ValueError(
                 f"{plan.path}: graft_weights: distilled operators need the model they belong in; "
@@ -114,6 +115,24 @@ class TensorSources:
         file = OpenedFile(label, found, self.plan)
         self.resolved[label] = file.path
         return file
+
+    def _check_related(self, file: OpenedFile) -> None:
+        """Refuses a checkpoint all of whose grafts lie where the plan keeps the original."""
+        strays = []
+        for block, slot in product(range(self.plan.depth), SLOTS):
+            held = file.held(block, slot)
+            if held is None or held.original is not False:
+                continue
+            if self.plan.graft_at(block, slot) is not None:
+                return
+            strays.append((block, slot, held.operator))
+        if strays:
+            block, slot, operator = strays[0]
+            raise ValueError(
+                f"{file}: block {block} holds the graft {operator!r} in its {slot} slot; "
+                f"{self.plan.path} wants {wanted(self.plan, block, slot)} there, and none of this "
+                "file's grafts: is it the checkpoint of another plan?"
+            )
 
     def _take(self, file: str, name: str, tensor: torch.Tensor, place: str, label: str) -> None:
         check_tensor(file, name, tensor, self.own.get(place), self.plan)

@@ -2,11 +2,15 @@
 
     python scripts/benchmark.py operators                        # every operator on every path
     python scripts/benchmark.py operators --operators mha swa --tokens 1024 4096 --json swa.json
+    python scripts/benchmark.py distill --config configs/75p_hyena_y.yaml --batch 64
 
 operators: one operator of DiT-XL/2's width with its published configuration, at several lengths
 with the same number of tokens in all, on PyTorch and on every other kernel that can be used here.
 Prints milliseconds: medians over rounds that visit all paths in turn. mha is the yardstick of
 the token mixers, mlp of mlp_hyena_x.
+
+distill: a step of distill_operators.py (teacher, new operators forward and backward, optimisers)
+beside the teacher's forward alone, with random weights.
 """
 
 import argparse
@@ -25,9 +29,13 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from models.dit import build_dit
 from models.operators import OPERATORS, accelerators, build_operator
 from models.operators.accelerators import KERNELS
+from models.plan import load_plan
 from training import arguments, distributed, precision
+from training.distillation import Steps, Students, Teacher
+from training.optimizer import StepGuard, adamw
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 MIXERS = ("mha_timm", "swa", "hyena_se", "hyena_x", "hyena_y", "mamba2")
@@ -70,8 +78,82 @@ def operators(args: argparse.Namespace) -> None:
         about = {"device": str(world.device), "precision": str(dtype).removeprefix("torch.")}
         if world.device.type == "cuda":
             about["device"] = torch.cuda.get_device_name(world.device)
-        about |= {"torch": torch.__version__, "hidden_size": args.hidden_size, "rows": rows}
+        about |= {"torch": str(torch.__version__), "hidden_size": args.hidden_size, "rows": rows}
         Path(args.json).write_text(json.dumps(about, indent=1) + "\n")
+
+
+def distill(args: argparse.Namespace) -> None:
+    """Times a distillation step against the teacher's forward; a table on stdout, --json."""
+    world = distributed.start(args.device)
+    dtype = precision.choose(args.precision, world.device)
+    precision.allow_tf32(dtype != torch.float32)
+    torch.manual_seed(0)
+    plan = load_plan(args.config)
+    slots = [(b, g.slot) for b in plan.grafted_blocks() for g in plan.grafts if b in g.blocks]
+    dit = build_dit(plan.model_name, plan.input_size, num_classes=plan.num_classes)
+    teacher = Teacher(dit.to(world.device), slots)
+    made = {}
+    for block, slot in slots:
+        graft = plan.graft_at(block, slot)
+        made[block, slot] = build_operator(graft.operator, **graft.config)
+    students = Students(made, {"mha": "l1", "mlp": "l2"}, 1.0, False).to(world.device)
+    lines = accelerators.accelerate(students, world.device, dtype, dit.num_tokens, args.kernels)
+    print("\n".join(lines))
+    guards = [
+        StepGuard(adamw([{"params": [*o.parameters()], "lr": 1e-4}], 0.0), 10.0)
+        for o in students.operators
+    ]
+    if args.compile and world.device.type == "cuda":
+        teacher.compile()
+        students.compile()
+    shape = (args.batch, 4, plan.input_size, plan.input_size)
+    x = torch.randn(shape, device=world.device)
+    t = torch.randint(1000, (args.batch,), device=world.device)
+    y = torch.randint(plan.num_classes, (args.batch,), device=world.device)
+    drop = torch.zeros(args.batch, dtype=torch.bool, device=world.device)
+    steps = Steps(guards, [])
+
+    def forward() -> None:
+        with precision.autocast(world.device, dtype):
+            teacher(x, t, y, drop)
+
+    def step() -> None:
+        with precision.autocast(world.device, dtype):
+            losses, _ = students(*teacher(x, t, y, drop))
+        steps.zero_grad()
+        losses.sum().backward()
+        steps.step()
+
+    def several(once: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(args.steps):
+                once()
+
+        return run
+
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(world.device)
+    both = {"teacher": several(forward), "step": several(step)}
+    found = {n: ms / args.steps for n, ms in in_turn(both, args.rounds, world.device).items()}
+    rate = {name: args.batch / ms * 1e3 for name, ms in found.items()}
+    row = {
+        "config": args.config,
+        "batch": args.batch,
+        "operators": len(slots),
+        "teacher_ms": found["teacher"],
+        "step_ms": found["step"],
+        "teacher_images_per_sec": rate["teacher"],
+        "images_per_sec": rate["step"],
+        "share_of_teacher": found["teacher"] / found["step"],
+        "hours_for_8000_x_200": 8000 * 200 / rate["step"] / 3600,
+    }
+    if world.device.type == "cuda":
+        row["device"] = torch.cuda.get_device_name(world.device)
+        row["peak_memory_gib"] = torch.cuda.max_memory_allocated(world.device) / 2**30
+    for key, value in row.items():
+        print(f"{key:24} {value:.3f}" if isinstance(value, float) else f"{key:24} {value}")
+    if args.json is not None:
+        Path(args.json).write_text(json.dumps(row, indent=1) + "\n")
 
 
 def published(name: str, hidden_size: int, tokens: int) -> nn.Module:
@@ -178,11 +260,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--hidden-size", type=arguments.positive, default=PUBLISHED_WIDTH, help="width")
     add("--modes", nargs="+", choices=MODES, default=list(MODES), help="with torch.compile or not")
     add("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="what is timed")
+    machine(command)
+    command = commands.add_parser(
+        "distill",
+        help="a distillation step and the teacher's forward",
+        usage="benchmark.py distill [flags]",
+        formatter_class=parser.formatter_class,
+        allow_abbrev=False,
+    )
+    command.set_defaults(run=distill)
+    add = command.add_argument
+    add("--config", default="configs/75p_hyena_y.yaml", help="graft YAML")
+    add("--batch", type=arguments.positive, default=64, help="images a step")
+    add("--steps", type=arguments.positive, default=5, help="steps that are timed together")
+    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile")
+    add("--kernels", choices=("auto", "torch"), default="auto", help="see the entries")
+    machine(command)
+    return parser.parse_args(argv)
+
+
+def machine(command: argparse.ArgumentParser) -> None:
+    """The flags that all commands share."""
+    add = command.add_argument
     add("--rounds", type=arguments.positive, default=20, help="timed rounds")
     add("--precision", choices=("bf16", "fp32"), help="autocast (unset: bf16 on CUDA, else fp32)")
     add("--device", help="cuda, cuda:1 or cpu (unset: CUDA where there is any)")
     add("--json", metavar="FILE", help="also write the rows there")
-    return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -3,11 +3,11 @@ r"""Learned selection against the guesses, on the miniature testbed: raw results
     python scripts/selection_study.py run --work runs/study --jobs 12
     python scripts/selection_study.py report
 
-`run` encodes the testbed's pictures, learns a selection a seed with prune_by_learning.py, writes
-the guesses with scripts/guess_plans.py, and gives every plan the same finetuning, sampling and
-scoring by the ordinary entries; each finished case is one small JSON in --results. Started again,
-it makes the cases that are missing. `report` turns the JSONs into the tables of
-docs/selection.md (between its two markers) and docs/images/selection_study.png.
+`run` encodes the testbed's pictures, distills the operator into every block, learns a selection a
+seed with prune_by_learning.py, writes the guesses with scripts/guess_plans.py, and gives every plan
+the same finetuning, sampling and scoring by the ordinary entries; each finished case is one small
+JSON in --results. Started again, it makes the cases that are missing. `report` turns the JSONs into
+the tables of docs/selection.md (between its two markers) and docs/images/selection_study.png.
 """
 
 import argparse
@@ -21,18 +21,21 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import yaml
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.files import read_json, write_json, write_whole
-from models.plan import load_plan
+from models.plan import load_plan, read_yaml, write_plan
 from models.provenance import environment
 from training import arguments, distributed
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "docs" / "results" / "selection"
 PATTERNS = ("learned", "interleaved", "deep", "shallow", "top-local", "low-local", "random")
+BASE = "assets/mini/dit_mini.safetensors"
 MARKERS = ("<!-- results: written by scripts/selection_study.py -->", "<!-- end of results -->")
-METRICS = {"fd_mini": "fd_mini", "val_mse": "validation MSE"}
+METRICS = {"train_mse": "training MSE", "heldout_mse": "held-out MSE", "fd_mini": "fd_mini"}
 
 
 def entry(*command, threads: int = 1) -> None:
@@ -47,7 +50,7 @@ def entry(*command, threads: int = 1) -> None:
 
 
 def encode(work: Path) -> None:
-    """Pictures, latents of both parts, and the statistics of the training pictures, once."""
+    """Pictures, latents of both parts, statistics of the training pictures, locality; once."""
     if (work / "reference.npz").is_file():
         return
     entry("scripts/unpack_mini.py", "--out", work / "images")
@@ -58,22 +61,42 @@ def encode(work: Path) -> None:
             "--features-path", work / part,
         )  # fmt: skip
     score = ["evaluate_fid.py", work / "images/train", "--feature-net", "mini"]
+    config = "configs/mini/no_graft.yaml"
+    entry(
+        "scripts/attention_locality.py", "--config", config, "--load-weight", BASE,
+        "--data-path", work / "train", "--out", work / "locality", threads=4,
+    )  # fmt: skip
     entry(*score, "--save-stats", work / "reference.npz")
 
 
-def guess(operator: str, args: argparse.Namespace) -> None:
-    """The YAMLs of every pattern that needs no training, and the locality that two of them need."""
-    config = f"configs/mini/75p_{operator}.yaml"
-    if not (args.work / "locality" / "locality.json").is_file():
-        entry(
-            "scripts/attention_locality.py", "--config", config, "--data-path", args.work / "train",
-            "--out", args.work / "locality", threads=2,
-        )  # fmt: skip
+def prepare(operator: str, args: argparse.Namespace) -> None:
+    """Stage 1 for all blocks, the 75 % candidate, and the YAML of every guess, once.
+
+    Every plan of the study takes its operators from the same distillation.
+    """
+    folder = args.work / "plans" / operator
+    if (folder / "candidate.yaml").is_file():
+        return
+    source = REPOSITORY / f"configs/mini/75p_{operator}.yaml"
+    content = read_yaml(source)
+    candidates = content["sample_config"]["graft_indexes"]
+    content["operator"]["config_filepath"] = f"configs/mini/{operator}.yaml"
+    content["sample_config"]["graft_indexes"] = list(range(28))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "100p.yaml").write_text(yaml.safe_dump(content))
     entry(
-        "scripts/guess_plans.py", "--config", config, "--keep", 14, "--graft-init", "inherit",
-        "--locality", args.work / "locality" / "locality.json", "--seeds", *args.seeds,
-        "--out", args.work / "guesses" / operator,
+        "distill_operators.py", "--config", folder / "100p.yaml",
+        "--data-path", args.work / "train", "--results-dir", args.work / "distilled",
+        "--prefix", operator, "--num-samples", 1600,
+        "--val-samples", 104, "--global-batch-size", args.batch, "--max-steps", args.distill_steps,
+        "--lr", 1e-3, "--lr-schedule", "cosine", "--resume", "auto", *args.train_flags, threads=4,
     )  # fmt: skip
+    distilled = args.work / "distilled" / f"{operator}-DiT-Mini-2" / "distilled.yaml"
+    entry(
+        "scripts/guess_plans.py", "--config", distilled, "--keep", 14, "--out", folder,
+        "--locality", args.work / "locality" / "locality.json", "--seeds", *args.seeds,
+    )  # fmt: skip
+    write_plan(load_plan(distilled), folder / "candidate.yaml", {"mha": candidates})
 
 
 def make(operator: str, pattern: str, seed: int, args: argparse.Namespace) -> dict:
@@ -84,7 +107,7 @@ def make(operator: str, pattern: str, seed: int, args: argparse.Namespace) -> di
     answer = None
     if pattern == "learned":
         entry(
-            "prune_by_learning.py", "--config", f"configs/mini/75p_{operator}.yaml", *data,
+            "prune_by_learning.py", "--config", work / "plans" / operator / "candidate.yaml", *data,
             "--prefix", f"select-{name}", "--delta-w", "--lora",
             "--global-batch-size", args.batch, "--max-steps", args.selection_steps,
             "--lr", 3e-4, "--gate-lr", 3e-3, "--ema-decay", 0.99, *args.selection_flags,
@@ -93,10 +116,10 @@ def make(operator: str, pattern: str, seed: int, args: argparse.Namespace) -> di
         plan, answer = chosen / "selected.yaml", read_json(chosen / "selection.json", "rerun")
     else:
         file = f"random_{seed}" if pattern == "random" else pattern
-        plan = work / "guesses" / operator / f"{file}.yaml"
+        plan = work / "plans" / operator / f"{file}.yaml"
     entry(
         "finetune_tinyfusion.py", "--config", plan, *data, "--prefix", f"tune-{name}",
-        "--val-data-path", work / "heldout", "--global-batch-size", args.batch,
+        "--val-data-path", work / "train", work / "heldout", "--global-batch-size", args.batch,
         "--max-steps", args.steps, "--lr", 3e-4, "--ema-decay", 0.99,
     )  # fmt: skip
     tuned = work / "runs" / f"tune-{name}-DiT-Mini-2"
@@ -117,7 +140,8 @@ def make(operator: str, pattern: str, seed: int, args: argparse.Namespace) -> di
         "seed": seed,
         "grafted": list(load_plan(plan).grafted_blocks("mha")),
         "fd_mini": read_json(folder / "metrics.json", "rerun")["metrics"]["fd_mini"],
-        **{key: found[key] for key in ("val_loss", "val_mse", "val_vb")},
+        "train_mse": found["val_mse/train"],
+        "heldout_mse": found["val_mse/heldout"],
         "num_samples": args.num_samples,
         "steps": args.steps,
         "batch": args.batch,
@@ -137,8 +161,9 @@ def run(args: argparse.Namespace) -> None:
     args.work = args.work.resolve()
     args.results.mkdir(parents=True, exist_ok=True)
     encode(args.work)
-    for operator in args.operators:
-        guess(operator, args)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for future in [pool.submit(prepare, operator, args) for operator in args.operators]:
+            future.result()
     cases = [
         (operator, pattern, seed)
         for pattern in args.patterns
@@ -150,7 +175,7 @@ def run(args: argparse.Namespace) -> None:
     def finish(case: tuple[str, str, int]) -> str:
         result = make(*case, args)
         write_json(args.results / f"{'-'.join(map(str, case))}.json", result)
-        line = f"fd_mini {result['fd_mini']:.3f}  validation MSE {result['val_mse']:.5f}"
+        line = "  ".join(f"{title} {result[key]:.5f}" for key, title in METRICS.items())
         print(f"{'-'.join(map(str, case))}: {line}", flush=True)
         return line
 
@@ -185,11 +210,13 @@ def operator_table(operator: str, groups: dict) -> str:
         found = groups.get((operator, pattern), [])
         if found:
             cells = []
-            for metric, digits in (("fd_mini", 3), ("val_mse", 5)):
+            for metric, digits in zip(METRICS, (5, 5, 3), strict=True):
                 values = [record[metric] for record in found]
                 spread = statistics.stdev(values) if len(values) > 1 else float("nan")
                 cells += [f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"]
-            rows.append((statistics.mean(r["val_mse"] for r in found), pattern, len(found), cells))
+            rows.append(
+                (statistics.mean(r["train_mse"] for r in found), pattern, len(found), cells)
+            )
     first = next(
         record for (name, _), found in groups.items() if name == operator for record in found
     )
@@ -197,10 +224,10 @@ def operator_table(operator: str, groups: dict) -> str:
         f"**{operator}**, 14 of 28 blocks grafted; {first['steps']} finetuning steps of "
         f"{first['batch']}, {first['num_samples']} samples; mean ± standard deviation.",
         "",
-        "| selection | cases | fd_mini | validation MSE |",
-        "|---|---|---|---|",
+        f"| selection | cases | {' | '.join(METRICS.values())} |",
+        "|---|---|" + "---|" * len(METRICS),
     ]
-    lines += [f"| {p} | {n} | {c[0]} | {c[1]} |" for _, p, n, c in sorted(rows)]
+    lines += [f"| {p} | {n} | {' | '.join(c)} |" for _, p, n, c in sorted(rows)]
     return "\n".join(lines)
 
 
@@ -241,6 +268,7 @@ def parse_args() -> argparse.Namespace:
             add("--seeds", type=arguments.seed, nargs="+", default=[0, 1, 2])
             add("--steps", type=arguments.positive, default=600, help="of finetuning")
             add("--selection-steps", type=arguments.positive, default=600)
+            add("--distill-steps", type=arguments.positive, default=1500, help="of Stage 1")
             add("--batch", type=arguments.positive, default=64, help="images a step")
             add("--num-samples", type=arguments.positive, default=1024, help="images to score")
             add("--jobs", type=arguments.positive, default=1, help="cases at the same time")

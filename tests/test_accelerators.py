@@ -390,6 +390,15 @@ def test_the_flag():
     assert parser.parse_args(["--kernels", "torch"]).kernels == "torch"
 
 
+def test_benchmark_of_distillation(tmp_path, capsys):
+    command = "distill --config configs/mini/75p_hyena_y.yaml --batch 1 --steps 1 --rounds 1"
+    out = tmp_path / "distill.json"
+    benchmark.main(benchmark.parse_args([*command.split(), "--device", "cpu", "--json", str(out)]))
+    row = json.loads(out.read_text())
+    assert row["operators"] == 21 and row["share_of_teacher"] == row["teacher_ms"] / row["step_ms"]
+    assert "images_per_sec" in capsys.readouterr().out
+
+
 def test_benchmark_of_operators(tmp_path, capsys):
     command = "operators --device cpu --hidden-size 48 --tokens 64 16 --batch-tokens 128 --rounds 1"
     out = tmp_path / "operators.json"

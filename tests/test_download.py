@@ -193,11 +193,12 @@ def test_part_that_was_renamed_before_it_could_be_locked_is_left_alone(target, m
 
     def lock(*_):
         partial(target).rename(target)  # as a process does that ends just now
+        partial(target).write_bytes(b"of the next")
 
     monkeypatch.setattr(download.fcntl, "flock", lock)
     with pytest.raises(ValueError, match="another process"):
         download.fetch("http://127.0.0.1:1/file", target)
-    assert only(target)
+    assert target.read_bytes() == CONTENT and partial(target).read_bytes() == b"of the next"
 
 
 def test_full_disk_keeps_what_came(server, target, monkeypatch):

@@ -149,6 +149,16 @@ REFUSED = {
          "graft_init": "fresh"},
         "block 1 holds 'swa' in its mha slot; .* wants 'hyena_y' there$",
     ),
+    "none of its grafts": (
+        {"grafts": [], "grafted_dit_ckpt_path": "75.pt", "base_ckpt_path": "base.safetensors"},
+        "block 1 holds the graft 'swa' in its mha slot; .*bad.yaml wants the original mha there",
+    ),
+    "none of its grafts but a self-graft": (
+        {"grafts": [{"type": "mlp", "name": "mlp", "config_filepath": "empty.yaml",
+                     "graft_indexes": [1, 2]}],
+         "grafted_dit_ckpt_path": "75.pt", "base_ckpt_path": "base.safetensors"},
+        "block 1 holds the graft 'swa' in its mha slot; .*bad.yaml wants the original mha there",
+    ),
     "no base": (
         {"grafted_dit_ckpt_path": "75.pt"},
         "needs its original mha.*holds the graft 'swa'.*base",

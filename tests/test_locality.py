@@ -177,7 +177,7 @@ def test_cuda_gives_the_cpus_mass_in_little_memory(model, inputs):
             model(*(value.to(device) for value in inputs))
         found.append(meter.mass())
     for cpu, cuda in zip(*found, strict=True):
-        assert cpu == pytest.approx(cuda, abs=1e-10)
+        assert cpu == pytest.approx(cuda, abs=1e-5)
 
     large = build_dit("DiT-XL/2", input_size=32).cuda().eval()
     x = torch.randn(32, 4, 32, 32, device="cuda")

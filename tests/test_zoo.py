@@ -196,7 +196,7 @@ REFUSED = {
     ),
     "other slot": (
         published_shapes("dit-xl2-mlp-mlp_r_3-50p-fid2.53"),
-        "block 1 holds the original mha in its mha slot; .*50p_swa.yaml wants 'swa' there",
+        "block 1 holds the graft 'mlp' in its mlp slot; .*50p_swa.yaml wants the original mlp",
     ),
     "exchanged blocks": (
         exchanged(1, 2),
