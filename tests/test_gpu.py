@@ -137,6 +137,32 @@ def test_compiled_steps_follow_eager_ones(mini, entry):
     np.testing.assert_allclose(losses["--compile"], losses["--no-compile"], rtol=0.02)
 
 
+# Hyena-Y in blocks where the inherited maps make large activations
+HARD = [1, 3, 5, 7, 10, 11, 14, 15, 17, 19, 22, 23, 25, 26]
+
+
+@pytest.mark.parametrize("mode", ["--compile", "--no-compile"])
+def test_bf16_training_follows_fp32(mini, mode):
+    content = yaml.safe_load((REPOSITORY / "configs/mini/75p_hyena_y.yaml").read_text())
+    content["operator"]["config_filepath"] = "configs/mini/hyena_y.yaml"
+    content["sample_config"]["graft_indexes"] = HARD
+    config = mini / "hard.yaml"
+    config.write_text(yaml.safe_dump(content))
+    records = {}
+    for precision in ("bf16", "fp32"):
+        prefix = f"hard{mode}-{precision}"
+        run(
+            "finetune_tinyfusion.py", "--config", config, mode, "--results-dir", mini,
+            "--data-path", mini / "latents", "--prefix", prefix, "--max-steps", 20,
+            "--global-batch-size", 64, "--log-every", 1, "--lr", 3e-4, "--precision", precision,
+        )  # fmt: skip
+        lines = (mini / f"{prefix}-DiT-Mini-2" / "metrics.jsonl").read_text().splitlines()
+        records[precision] = [json.loads(line) for line in lines]
+    for key, tolerance in (("loss", 0.05), ("grad_norm", 0.5)):
+        bf16, fp32 = ([record[key] for record in records[p]] for p in ("bf16", "fp32"))
+        np.testing.assert_allclose(bf16, fp32, rtol=tolerance, err_msg=key)
+
+
 def test_samples_of_gpu_and_cpu_are_the_same_pictures(mini):
     """fp32 on all, compiled or not: an image's noise does not depend on the device."""
     settings = ["--config", "configs/mini/75p_swa.yaml", "--num-fid-samples", 4, "--no-tf32"]
