@@ -1,20 +1,22 @@
 r"""Trains a DiT, grafted or plain, with the diffusion loss: final finetuning, Stage 2, pretraining.
 
 Inputs:  a latent store (extract_features.py) and a graft YAML; its weight files, or --load-weight.
-Outputs: <results-dir>/<prefix>-<model>/ with log.txt, metrics.jsonl, tensorboard/ and
-         checkpoints/0040000.pt, whose weights sample_ddp_finetuned.py reads.
+Outputs: <results-dir>/<prefix>-<model>/ with log.txt, metrics.jsonl, tensorboard/,
+         checkpoints/0040000.pt, whose weights sample_ddp_finetuned.py reads, and of a graft
+         finetuned.yaml, the plan that starts from the last of them (for selection, or sampling).
 
     torchrun --nnodes=1 --nproc_per_node=8 finetune_tinyfusion.py --epochs 20 \
         --data-path data/imagenet_encoded --config configs/50p_graftfusion75_swa.yaml \
         --global-batch-size 64 --prefix 50p_swa_graftfusion75_finetune --ckpt-every 40000
 
 The defaults are the final finetuning of learned layer selection: AdamW at 1e-4, cosine to half of
-it, gradient clip 1.0, EMA 0.9999. A YAML with `grafts: []` (or no YAML and --model) trains a plain
+it, gradient clip 1.0, EMA 0.9999. With --distill the pretrained DiT teaches too. A YAML with `grafts: []` (or no YAML and --model) trains a plain
 DiT. The same command runs without torchrun, on CPU or GPU.
 """
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,11 +27,12 @@ from latents.loader import LatentLoader, balanced_rows
 from latents.store import open_latents
 from models.grafting import build_grafted, with_base
 from models.operators.accelerators import accelerate
-from models.plan import plan_from_flags
+from models.plan import plan_from_flags, write_plan
 from training import arguments, checkpoint, distributed, precision
 from training.compilation import compile_step
 from training.draws import draw
 from training.ema import Ema
+from training.knowledge import WithHidden, distilled_losses, pretrained
 from training.optimizer import StepGuard, adamw, count, schedule
 from training.runlog import RunLog, watched
 from training.validation import validation_loss
@@ -37,6 +40,7 @@ from training.validation import validation_loss
 # A resumed run must have these flags as it was begun with
 FIXED = ("lr", "lr_schedule", "lr_end_factor", "warmup_steps", "weight_decay", "clip_grad")
 FIXED += ("class_dropout", "ema_decay", "milestones", "lr_gamma")
+FIXED += ("distill", "kd_weight", "feature_weight")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -67,9 +71,12 @@ def main(args: argparse.Namespace) -> None:
         store, args.global_batch_size, world, args.global_seed, start_step, args.num_workers, rows
     )
 
-    # Model: every tensor from a file, or from the checkpoint that is resumed
+    # Model: every tensor from a file, or from the checkpoint that is resumed; its teacher
     model, report = build_grafted(plan, weights=resumed is None)
     model.to(world.device).train()
+    learner, teacher = model, None
+    if args.distill:
+        learner, teacher = WithHidden(model), WithHidden(pretrained(plan)).to(world.device).eval()
 
     # Run folder
     log = RunLog(folder, world, vars(args), start_step=start_step)
@@ -103,13 +110,15 @@ def main(args: argparse.Namespace) -> None:
     if resumed is not None:
         run.restore(resumed)
         del resumed
-    latents, draws_of = compile_step(world, args.compile, model, store.latents, draw)
-    net = distributed.wrap(world, model)
+    latents, draws_of = compile_step(world, args.compile, learner, store.latents, draw)
+    if teacher is not None:
+        compile_step(world, args.compile, teacher)
+    net = distributed.wrap(world, learner)
     diffusion = create_diffusion("")
 
     # Training
-    names = ("loss", "mse", "vb")
-    running = torch.zeros(4, device=world.device)  # their sums since the last line, and how many
+    names = ("loss", "mse", "vb") if teacher is None else ("loss", "mse", "vb", "kd", "features")
+    running = torch.zeros(len(names) + 1, device=world.device)  # sums since the last line; how many
     logged_step, logged_at = start_step, time.perf_counter()
     bar = tqdm(total=total_steps, initial=start_step, disable=not watched(world), unit="step")
     for batch in loader:
@@ -126,7 +135,13 @@ def main(args: argparse.Namespace) -> None:
         )
         labels = {"y": batch.labels, "drop": draws.drop}
         with precision.autocast(world.device, dtype):
-            terms = diffusion.training_losses(net, x, draws.t, labels, noise=draws.noise)
+            if teacher is None:
+                terms = diffusion.training_losses(net, x, draws.t, labels, noise=draws.noise)
+            else:
+                beta = args.feature_weight * (1 - batch.step / total_steps)
+                terms = distilled_losses(
+                    diffusion, net, teacher, x, draws, labels, args.kd_weight, beta
+                )
         loss = terms["loss"].mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -168,7 +183,14 @@ def main(args: argparse.Namespace) -> None:
     bar.close()
     if start_step < total_steps:
         log.info(f"saved {run.save(total_steps)}")
-    log.info(f"done; weights to sample from: {folder}/checkpoints/{total_steps:07d}.pt")
+    last = folder / "checkpoints" / f"{total_steps:07d}.pt"
+    if world.main and plan.grafts:
+        finished = replace(
+            plan, grafted_ckpt_path=last.resolve(), graft_weights={}, graft_init=None
+        )
+        header = f"Starts from the finetuned {last.name}."
+        write_plan(finished, folder / "finetuned.yaml", {}, header)
+    log.info(f"done; weights to sample from: {last}")
     log.close()
     distributed.stop()
 
@@ -198,6 +220,20 @@ def parse_args() -> argparse.Namespace:
     )
     add = arguments.add_run(parser, prefix="finetune")
     add("--val-every", type=arguments.positive, help="steps between validations (unset: the end)")
+    add = parser.add_argument_group("knowledge distillation").add_argument
+    add("--distill", action="store_true", help="learn from the pretrained DiT too (TinyFusion)")
+    add(
+        "--kd-weight",
+        type=arguments.share,
+        default=0.9,
+        help="of the teacher's outputs; the diffusion loss has the rest",
+    )
+    add(
+        "--feature-weight",
+        type=arguments.weight,
+        default=1e-2,
+        help="of the masked features of all blocks at the start, falling linearly to 0",
+    )
     add = arguments.add_optimisation(parser, ema_decay=0.9999)
     arguments.add_schedule(add, kind="cosine", milestones=[])
     add("--lr-end-factor", type=arguments.share, default=0.5, help="cosine ends at this x --lr")

@@ -277,8 +277,12 @@ class DiT(nn.Module):
         y: torch.Tensor,
         keep: torch.Tensor | None = None,
         drop: torch.Tensor | None = None,
+        hidden: list[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`forward` up to the last block -> tokens [B,T,D] and condition [B,D]."""
+        """`forward` up to the last block -> tokens [B,T,D] and condition [B,D].
+
+        hidden: a list that takes the tokens after every block.
+        """
         self._check_shapes(x, t, y, keep, drop)
         x = self.x_embedder(x) + self.pos_embed  # B T D
         c = self.t_embedder(t) + self.y_embedder(y, drop)  # B D
@@ -288,6 +292,8 @@ class DiT(nn.Module):
             shares = keep.unbind(-1 if keep.ndim < 3 else 1)  # 0-d, [B], or [B, 1 + variants]
         for block, share in zip(self.blocks, shares, strict=True):
             x = block(x, c, share)
+            if hidden is not None:
+                hidden.append(x)
         return x, c
 
     def forward_with_cfg(

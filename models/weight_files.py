@@ -86,7 +86,8 @@ def check_depth(file: str, state: Mapping, plan: GraftPlan) -> None:
     depth = depth_of(state)
     if depth != plan.depth:
         raise ValueError(
-            f"{file}: holds {depth} blocks; {plan.model_name} of {plan.path} has {plan.depth}"
+            f"{file}: holds {depth or 'no'} blocks; {plan.model_name} of {plan.path} has "
+            f"{plan.depth}"
         )
 
 

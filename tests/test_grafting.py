@@ -248,8 +248,6 @@ WQKV = "blocks.1.attn.Wqkv.weight"
 DAMAGED = {  # what the tensor becomes -> message
     "gone": (lambda t: None, "1: the mha slot holds no .*wants 'swa' there .missing: Wqkv.weight"),
     "whole numbers": (lambda t: t.long(), f"{WQKV} is int64; weights are float16 or bfloat16 or"),
-    "bytes": (lambda t: t.to(torch.uint8), f"{WQKV} is uint8"),
-    "booleans": (lambda t: t > 0, f"{WQKV} is bool"),
     "complex": (lambda t: t.to(torch.complex64), f"{WQKV} is complex64"),
     "quantised": (lambda t: t.to(torch.float8_e4m3fn), f"{WQKV} is float8_e4m3fn"),
     "flat": (lambda t: t.flatten(), rf"{WQKV} has shape \[49152\].* needs \[384, 128\]"),

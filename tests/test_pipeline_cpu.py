@@ -306,7 +306,7 @@ BAD = {
     "many steps": (draw_samples, ["--num-sampling-steps", 2000], "--num-sampling-steps 2000"),
     "vae": (draw_samples, ["--vae", "ema"], "sd-vae-ft-ema"),
     "guidance": (draw_samples, ["--cfg-scale", 0.5], "--cfg-scale: '0.5' is not a number of at"),
-    "checkpoint": (draw_samples, ["--graft-fusion-ckpt-path", "VAE"], "tensor pos_embed"),
+    "checkpoint": (draw_samples, ["--graft-fusion-ckpt-path", "VAE"], "holds no blocks; DiT-Mini"),
 }
 
 
