@@ -10,8 +10,9 @@ Outputs: <results-dir>/<prefix>-<model>/ with log.txt, metrics.jsonl, tensorboar
         --global-batch-size 64 --prefix 50p_swa_graftfusion75_finetune --ckpt-every 40000
 
 The defaults are the final finetuning of learned layer selection: AdamW at 1e-4, cosine to half of
-it, gradient clip 1.0, EMA 0.9999. With --distill the pretrained DiT teaches too. A YAML with `grafts: []` (or no YAML and --model) trains a plain
-DiT. The same command runs without torchrun, on CPU or GPU.
+it, gradient clip 1.0, EMA 0.9999. A YAML with `grafts: []` (or no YAML and --model) trains a plain
+DiT; with --distill the pretrained DiT teaches a grafted one. The same command runs without
+torchrun, on CPU or GPU.
 """
 
 import argparse
