@@ -164,11 +164,11 @@ def run(args: argparse.Namespace) -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         for future in [pool.submit(prepare, operator, args) for operator in args.operators]:
             future.result()
-    cases = [
+    cases = [  # the seeds of one plan apart, so that later ones find its compiled code
         (operator, pattern, seed)
+        for seed in args.seeds
         for pattern in args.patterns
         for operator in args.operators
-        for seed in args.seeds
         if not (args.results / f"{operator}-{pattern}-{seed}.json").is_file()
     ]
 
