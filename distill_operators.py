@@ -204,11 +204,9 @@ def main(args: argparse.Namespace) -> None:
             logged_step, logged_at = step, time.perf_counter()
         if step % args.val_every == 0 or step == total_steps:
             validate(step)
-        if step % args.ckpt_every == 0 and step < total_steps:
-            log.info(f"saved {run.save(step)}")
+        if path := run.step_done(step, logged=logged_step == step):
+            log.info(f"saved {path}")
     bar.close()
-    if start_step < total_steps:
-        log.info(f"saved {run.save(total_steps)}")
 
     # The operators
     lost = [name_of(slots[i]) for i in steps.failing()]

@@ -179,11 +179,9 @@ def main(args: argparse.Namespace) -> None:
                 found = validation_loss(model, other, diffusion, world, dtype)
             log.metrics(step, **{f"val_{key}/{name}": value for key, value in found.items()})
             log.info(f"step {step:07d}  loss of the EMA on {name} {found['loss']:.4f}")
-        if step % args.ckpt_every == 0 and step < total_steps:
-            log.info(f"saved {run.save(step)}")
+        if path := run.step_done(step, logged=logged_step == step):
+            log.info(f"saved {path}")
     bar.close()
-    if start_step < total_steps:
-        log.info(f"saved {run.save(total_steps)}")
     last = folder / "checkpoints" / f"{total_steps:07d}.pt"
     if world.main and plan.grafts:
         finished = replace(

@@ -194,11 +194,9 @@ def main(args: argparse.Namespace) -> None:
                 write_trajectory_line(trajectory, step, average, scaling)
             running.zero_()
             logged_step, logged_at = step, time.perf_counter()
-        if step % args.ckpt_every == 0 and step < total_steps:
-            log.info(f"saved {run.save(step)}")
+        if path := run.step_done(step, logged=logged_step == step):
+            log.info(f"saved {path}")
     bar.close()
-    if start_step < total_steps:
-        log.info(f"saved {run.save(total_steps)}")
 
     # The answer
     if world.main:

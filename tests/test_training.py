@@ -3,7 +3,10 @@
 import argparse
 import json
 import math
+import os
 import re
+import signal
+import threading
 from argparse import Namespace
 from pathlib import Path
 
@@ -295,3 +298,68 @@ def test_milestones_divide_the_rate():
         optimizer.step()
         rate.step()
     assert seen == [4, 8, 8, 8, 4, 4, 2, 2]
+
+
+def run_state(folder, **flags):
+    """A RunState of a small layer over 10 steps, and that layer."""
+    plan = GraftPlan(Path("p.yaml"), "DiT-Mini/2", 64, 9)
+    settings = {"ckpt_every": 2, "keep_last": None, "keep_every": None, **flags}
+    extent = checkpoint.Extent(folder, 5, 10, {"images": 9})
+    layer = torch.nn.Linear(2, 2)
+    return checkpoint.RunState(
+        extent, CPU, plan, Namespace(**settings), model=layer, opt=layer
+    ), layer
+
+
+def test_checkpoints_are_written_aside_of_what_they_were_when_due(tmp_path, monkeypatch):
+    held = threading.Event()
+    written = checkpoint.save
+
+    def slow(path, state):
+        assert held.wait(20)
+        written(path, state)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    run, layer = run_state(tmp_path)
+    assert run.step_done(1, True) is None
+    before = layer.weight.detach().clone()
+    path = run.step_done(2, False)
+    with torch.no_grad():
+        layer.weight.add_(1)  # the training goes on before the file is there
+    assert not path.exists()
+    held.set()
+    for step in range(3, 11):
+        run.step_done(step, False)
+    assert torch.equal(checkpoint.load(path)["model"]["weight"], before)
+    assert checkpoint.load(tmp_path / "checkpoints/0000010.pt")["train_steps"] == 10
+    assert len(list((tmp_path / "checkpoints").glob("*.pt"))) == 5
+
+
+def test_old_checkpoints_go_and_milestones_stay(tmp_path):
+    run, _ = run_state(tmp_path, ckpt_every=1, keep_last=2, keep_every=4)
+    for step in range(1, 11):
+        run.step_done(step, False)
+    kept = sorted(int(p.stem) for p in (tmp_path / "checkpoints").glob("*.pt"))
+    assert kept == [4, 8, 9, 10]
+
+
+def test_a_write_that_fails_is_heard(tmp_path, monkeypatch):
+    def full(path, state):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    run, _ = run_state(tmp_path)
+    run.step_done(2, False)
+    with pytest.raises(OSError, match="No space left"):
+        run.step_done(4, False)
+
+
+def test_a_signal_ends_the_run_after_a_whole_checkpoint(tmp_path):
+    before = signal.getsignal(signal.SIGUSR1)
+    run, _ = run_state(tmp_path)
+    assert run.step_done(3, True) is None
+    os.kill(os.getpid(), signal.SIGUSR1)
+    with pytest.raises(distributed.Preempted, match="after step 5; --resume auto goes on from"):
+        run.step_done(5, False)
+    assert checkpoint.load(tmp_path / "checkpoints/0000005.pt")["train_steps"] == 5
+    assert signal.getsignal(signal.SIGUSR1) is before

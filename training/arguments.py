@@ -74,6 +74,8 @@ def add_run(parser: argparse.ArgumentParser, prefix: str) -> Callable:
     add("--global-seed", type=seed, default=0, help="all random numbers follow from it")
     add("--log-every", type=positive, default=100, help="steps between log lines")
     add("--ckpt-every", type=positive, default=10_000, help="steps between checkpoints")
+    add("--keep-last", type=positive, help="delete older checkpoints than so many (unset: none)")
+    add("--keep-every", type=positive, help="with --keep-last: multiples of so many steps stay")
     return add
 
 

@@ -5,6 +5,7 @@ import pickle
 import sys
 import zipfile
 from argparse import Namespace
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import torch
 from models.files import write_whole
 from models.plan import GraftPlan, differences
 from training import distributed
-from training.distributed import World, barrier, gather_objects
+from training.distributed import Preempted, World, barrier, gather_objects
+from training.preemption import StopSignals
 
 FORMAT = 1
 KEYS = ("model", "opt", "train_steps", "plan", "rng", "position", "args", "entry")
@@ -183,6 +185,9 @@ class RunState:
         self.folder = extent.folder / "checkpoints"
         self.extent, self.world, self.plan, self.args = extent, world, plan, args
         self.parts = parts
+        self.signals = StopSignals()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future | None = None
 
     def restore(self, state: dict) -> None:
         """Puts everything back to what `save` wrote.
@@ -198,13 +203,42 @@ class RunState:
             if self.world.device.type == "cuda" and "cuda" in mine:
                 torch.cuda.set_rng_state(mine["cuda"], self.world.device)
 
+    def step_done(self, step: int, logged: bool) -> Path | None:
+        """Writes a checkpoint when one is due after `step` finished steps; every process calls it.
+
+        One is due every --ckpt-every steps, at the end, and when a scheduler asked to stop. Several
+        processes agree on that where they meet anyway, which `logged` says.
+
+        Raises:
+            Preempted: after the checkpoint of a stop is whole.
+        """
+        last = step == self.extent.total_steps
+        stop = not last and self.signals.agreed(self.world, logged)
+        path = None
+        if last or stop or step % self.args.ckpt_every == 0:
+            path = self.save(step)
+        if last or stop:
+            self._wait()
+            barrier(self.world)
+            self.signals.restore()
+        if stop:
+            raise Preempted(
+                f"stopped by a signal after step {step}; --resume auto goes on from {path}"
+            )
+        return path
+
     def save(self, step: int) -> Path:
-        """Writes checkpoints/<step>.pt, after `step` finished steps; every process calls it."""
+        """Writes checkpoints/<step>.pt beside the training; every process calls it.
+
+        The state is copied to the host before this returns; a thread of rank 0 writes it. An error
+        of the write before is raised here.
+        """
         rng = {"cpu": torch.get_rng_state()}
         if self.world.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.world.device)
         rng = gather_objects(self.world, rng)
         path = self.folder / f"{step:07d}.pt"
+        self._wait()
         if self.world.main:
             position = {
                 "epoch": step // self.extent.steps_per_epoch,
@@ -220,6 +254,31 @@ class RunState:
                 "position": position,
                 "args": vars(self.args),
             }
-            save(path, state)
-        barrier(self.world)
+            self._writing = self._writer.submit(self._write, path, _on_host(state))
         return path
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _write(self, path: Path, state: dict) -> None:
+        save(path, state)
+        keep = self.args.keep_last
+        if keep is None:
+            return
+        for old in sorted(self.folder.glob("[0-9]*.pt"), reverse=True)[keep:]:
+            every = self.args.keep_every
+            if every is None or int(old.stem) % every:
+                old.unlink()
+
+
+def _on_host(value):
+    """A copy of nested plain data whose tensors lie on the host and change no more."""
+    if torch.is_tensor(value):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _on_host(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on_host(item) for item in value)
+    return value

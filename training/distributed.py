@@ -1,5 +1,6 @@
 """One process or many: the same calls with and without torchrun, on CPU (gloo) and CUDA (nccl)."""
 
+import errno
 import os
 import sys
 import time
@@ -17,6 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 T = TypeVar("T")
+
+
+PREEMPTED = 75  # exit code EX_TEMPFAIL, on which a scheduler can be told to requeue
+
+
+class Preempted(Exception):
+    """A signal ended the run after a whole checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +148,7 @@ def run(main: Callable[[Namespace], None], args: Namespace) -> None:
     """Calls an entry's `main`; bad input ends it with one line and exit code 2.
 
     Bad input is a ValueError or FileNotFoundError that this repository raises by name, or a path
-    that cannot be written; anything else keeps its traceback. Rank 0 speaks at once; the others
+    that cannot be written, also for want of space; anything else keeps its traceback. Rank 0 speaks at once; the others
     wait a moment, in which torchrun ends them when they only follow rank 0.
     """
     rank = int(os.environ.get("RANK", "0"))
@@ -150,6 +158,11 @@ def run(main: Callable[[Namespace], None], args: Namespace) -> None:
         if rank == 0:
             print("interrupted; the same command (training: with --resume auto) goes on")
         sys.exit(130)
+    except Preempted as stopped:
+        if rank == 0:
+            print(stopped, file=sys.stderr)
+        stop()
+        sys.exit(PREEMPTED)
     except Exception as error:
         if rank > 0:
             time.sleep(3)
@@ -162,6 +175,8 @@ def run(main: Callable[[Namespace], None], args: Namespace) -> None:
 
 def _is_bad_input(error: Exception) -> bool:
     if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)):
+        return True
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return True
     frame = traceback.extract_tb(error.__traceback__)[-1]
     ours = REPOSITORY in Path(frame.filename).resolve().parents
