@@ -24,30 +24,34 @@ from tqdm import tqdm
 from diffusion import create_diffusion
 from latents.loader import LatentLoader, balanced_rows
 from latents.store import open_latents
-from models.files import write_json, write_whole
+from models.files import file_sha256
 from models.grafting import with_base
 from models.operators.accelerators import accelerate
-from models.plan import plan_from_flags, write_plan
+from models.plan import find_file, plan_from_flags, write_plan
 from models.provenance import environment
 from training import arguments, checkpoint, distributed, precision
 from training.compilation import compile_step
-from training.distillation import LOSSES, Best, Steps, Students, Teacher, build_students, name_of
-from training.draws import draw
+from training.distillation import (
+    LOSSES,
+    Best,
+    Steps,
+    Students,
+    Teacher,
+    build_students,
+    name_of,
+    validation,
+    write_operators,
+)
+from training.draws import HELD_OUT_EPOCH, draw
 from training.optimizer import StepGuard, adamw, count, schedule
 from training.runlog import RunLog, watched
+from training.validation import read_rows
 
 # A resumed run must have these flags as it was begun with
-FIXED = (
-    "num_samples",
-    "val_samples",
-    "loss_mha",
-    "loss_mlp",
-    "huber_delta",
-    "gate_weighting",
-    "lr",
-)
-FIXED += ("lr_schedule", "milestones", "lr_gamma", "weight_decay", "clip_grad", "class_dropout")
-VALIDATION_EPOCH = 2**32 - 1  # its draws are those of no training epoch
+FIXED = ("num_samples", "val_samples", "loss_mha", "loss_mlp", "huber_delta", "gate_weighting")
+FIXED += ("lr", "lr_schedule", "lr_end_factor", "milestones", "lr_gamma", "warmup_steps")
+FIXED += ("weight_decay", "clip_grad", "class_dropout")
+PATIENCE = 20  # steps left out in a row after which an operator counts as failed
 
 
 def main(args: argparse.Namespace) -> None:
@@ -56,6 +60,7 @@ def main(args: argparse.Namespace) -> None:
     dtype = precision.choose(args.precision, world.device)
     precision.allow_tf32(dtype != torch.float32)
     torch.manual_seed(args.global_seed)
+    milestones = arguments.milestones(args, default=(50, 100, 150))
     plan = plan_from_flags(args.config_filepath, None, args.image_size, args.num_classes)
     plan = with_base(plan, args.load_weight)
     store = open_latents(args.data_path, num_classes=plan.num_classes)
@@ -68,7 +73,11 @@ def main(args: argparse.Namespace) -> None:
         )
     rows = balanced_rows(store.labels, wanted, args.global_seed)
     train_rows, val_rows = rows.split([args.num_samples, args.val_samples])
-    extent = checkpoint.extent(args, plan, args.num_samples)
+    base = plan.base_ckpt_path and find_file(plan.base_ckpt_path, plan.path, "base_ckpt_path")
+    teacher_sha256 = distributed.decide(world, lambda: base and file_sha256(base))
+    extent = checkpoint.extent(
+        args, plan, args.num_samples, stored=len(store), teacher_sha256=teacher_sha256
+    )
     folder, total_steps = extent.folder, extent.total_steps
     resumed = checkpoint.find(world, args.resume, folder)
     start_step = 0
@@ -85,7 +94,7 @@ def main(args: argparse.Namespace) -> None:
     )
 
     # Teacher and students
-    dit, operators = build_students(plan, args.global_seed)
+    dit, operators, report, notes = build_students(plan, args.global_seed)
     teacher = Teacher(dit, list(operators)).to(world.device)
     kinds = {"mha": args.loss_mha, "mlp": args.loss_mlp}
     students = Students(operators, kinds, args.huber_delta, args.gate_weighting)
@@ -94,7 +103,9 @@ def main(args: argparse.Namespace) -> None:
     # Run folder
     log = RunLog(folder, world, vars(args), start_step=start_step)
     log.info(f"{plan.describe()}; {len(operators)} operators, {count(students.parameters()):,}")
-    log.info(f"teacher: {plan.base_ckpt_path}, {len(dit.blocks)} of {plan.depth} blocks run")
+    log.info(f"teacher: {'; '.join(report.lines())}; {len(dit.blocks)} blocks of it run")
+    for line in notes:
+        log.info(line)
     for line in accelerate(students, world.device, dtype, dit.num_tokens, args.kernels):
         log.info(line)
     log.info(
@@ -107,14 +118,14 @@ def main(args: argparse.Namespace) -> None:
     for operator in students.operators:
         optimizer = adamw([{"params": [*operator.parameters()], "lr": args.lr}], args.weight_decay)
         guards.append(StepGuard(optimizer, args.clip_grad))
-        marks = [epoch * extent.steps_per_epoch for epoch in args.milestones]
         schedules.append(
             schedule(
                 optimizer,
                 args.lr_schedule,
                 total_steps=total_steps,
                 warmup_steps=args.warmup_steps,
-                milestones=marks,
+                end_factor=args.lr_end_factor,
+                milestones=[epoch * extent.steps_per_epoch for epoch in milestones],
                 gamma=args.lr_gamma,
             )
         )
@@ -139,37 +150,27 @@ def main(args: argparse.Namespace) -> None:
         )
         return diffusion.q_sample(x, draws.t, draws.noise), draws.t, labels, draws.drop
 
-    @torch.no_grad()
     def validate(step: int) -> None:
-        sums = torch.zeros(2, len(slots), device=world.device)
-        seen = torch.zeros((), device=world.device)
-        for index in val_rows[world.rank :: world.size].split(args.global_batch_size // world.size):
-            moments = store.read(index).to(world.device)
-            labels = torch.from_numpy(store.labels[index.numpy()]).to(world.device)
-            index = index.to(world.device)
-            batch = batch_of(moments, index, labels, VALIDATION_EPOCH, 0.0)
-            with precision.autocast(world.device, dtype):
-                losses, errors = students.forward(*teacher.forward(*batch))
-            sums += torch.stack([losses, errors]) * len(index)
-            seen += len(index)
-        distributed.sum_across(world, sums)
-        losses, errors = (sums / distributed.sum_across(world, seen)).tolist()
-        errors = [error**0.5 for error in errors]
+        """Validation of all operators; the best weights are kept."""
+        mine = val_rows[world.rank :: world.size]
+        batches = (
+            batch_of(*read_rows(store, index, world), HELD_OUT_EPOCH, 0.0)
+            for index in (mine.split(args.global_batch_size // world.size) if len(mine) else ())
+        )
+        losses, errors = validation(teacher, students, batches, world, dtype)
         best.update(losses, errors, step)
         names = [name_of(slot) for slot in slots]
         log.metrics(step, **{f"val_loss/{n}": v for n, v in zip(names, losses, strict=True)})
         log.metrics(step, **{f"val_error/{n}": v for n, v in zip(names, errors, strict=True)})
-        log.info(
-            f"step {step:07d}  relative error {min(errors):.1%} to {max(errors):.1%}, worst "
-            f"{names[max(range(len(errors)), key=errors.__getitem__)]}"
-        )
+        worst = max(range(len(errors)), key=errors.__getitem__)
+        log.info(f"step {step:07d}  relative error at most {errors[worst]:.1%}, {names[worst]}")
 
     # Training
     if start_step == 0:
         validate(0)
-    running = torch.zeros(len(slots), device=world.device)
+    running = torch.zeros(2, len(slots), device=world.device)  # finite losses and their number
     logged_step, logged_at = start_step, time.perf_counter()
-    named: set[int] = set()
+    before, _ = steps.skipped()
     bar = tqdm(total=total_steps, initial=start_step, disable=not watched(world), unit="step")
     for batch in loader:
         if batch.step >= total_steps:
@@ -180,21 +181,30 @@ def main(args: argparse.Namespace) -> None:
         steps.zero_grad()
         losses.sum().backward()
         steps.step()
-        running += losses.detach()
+        finite = losses.detach().isfinite()
+        running += torch.stack([torch.where(finite, losses.detach(), 0), finite.float()])
 
         step = batch.step + 1
         bar.update()
         if step % args.log_every == 0 or step == total_steps:
-            failing = steps.failing()
-            for i in sorted({*failing} - named):
-                log.info(f"{name_of(slots[i])}: its gradient is not finite; it takes no step")
-            named = {*failing}
-            means = distributed.sum_across(world, running) / world.size / (step - logged_step)
+            skipped, in_a_row = steps.skipped()
+            for i, (was, now) in enumerate(zip(before, skipped, strict=True)):
+                if now > was:
+                    log.info(f"{name_of(slots[i])}: not finite in {now - was} steps, left out")
+            before = skipped
+            if min(in_a_row) >= PATIENCE:
+                raise ValueError(
+                    f"step {step}: no operator's gradient was finite for {PATIENCE} steps: look at "
+                    "the teacher and the data, or lower --lr"
+                )
+            total, number = distributed.sum_across(world, running)
+            means = total / number.clamp(min=1)
             rate = (step - logged_step) / (time.perf_counter() - logged_at)
             values = {f"loss/{name_of(s)}": v for s, v in zip(slots, means.tolist(), strict=True)}
             log.metrics(
                 step,
                 **values,
+                skipped_steps=sum(skipped),
                 lr=schedules[0].get_last_lr()[0],
                 steps_per_sec=rate,
                 images_per_sec=rate * args.global_batch_size,
@@ -203,27 +213,29 @@ def main(args: argparse.Namespace) -> None:
             running.zero_()
             logged_step, logged_at = step, time.perf_counter()
         if step % args.val_every == 0 or step == total_steps:
+            began = time.perf_counter()
             validate(step)
+            logged_at += time.perf_counter() - began
         if path := run.step_done(step, logged=logged_step == step):
             log.info(f"saved {path}")
     bar.close()
 
     # The operators
-    lost = [name_of(slots[i]) for i in steps.failing()]
+    skipped, in_a_row = steps.skipped()
+    lost = [
+        name_of(slot)
+        for i, slot in enumerate(slots)
+        if best.steps[i] < 0 or in_a_row[i] >= PATIENCE or 2 * skipped[i] > total_steps
+    ]
     if world.main:
-        files, summary = {}, {}
-        provenance = {"plan": plan.architecture(), "settings": vars(args), **environment()}
-        for i, (block, slot) in enumerate(slots):
-            graft = plan.graft_at(block, slot)
-            found = {"val_loss": best.losses[i], "val_error": best.errors[i], "step": best.steps[i]}
-            summary[name_of((block, slot))] = {"operator": graft.operator, **found}
-            if best.steps[i] >= 0:
-                path = folder / "operators" / f"{name_of((block, slot))}.{graft.operator}.pt"
-                weights = {n: t.cpu() for n, t in best.weights[i].items()}
-                state = {"model": weights, "provenance": {**provenance, **found}}
-                write_whole(path, lambda partial, state=state: torch.save(state, partial))
-                files[block, slot] = path.resolve()
-        write_json(folder / "distillation.json", {"operators": summary, **provenance})
+        provenance = {
+            "plan": plan.architecture(),
+            "settings": vars(args),
+            "teacher": {"file": str(plan.base_ckpt_path), "sha256": teacher_sha256},
+            "latents": store.manifest,
+            **environment(),
+        }
+        files = write_operators(folder, plan, best, skipped, provenance)
         if len(files) == len(slots):
             finished = replace(plan, grafted_ckpt_path=None, graft_weights=files, graft_init=None)
             header = f"Operators distilled by distill_operators.py from {plan.path.name}."
@@ -234,8 +246,8 @@ def main(args: argparse.Namespace) -> None:
     distributed.stop()
     if lost:
         raise ValueError(
-            f"{', '.join(lost)}: the gradient was not finite to the end; the best weights before "
-            "that were kept. Lower --lr, or look at the data; the other operators are whole"
+            f"{', '.join(lost)}: not finite, in training or validation; what was best before that "
+            "is kept. Lower --lr, or look at the data; the other operators are whole"
         )
 
 
@@ -266,7 +278,7 @@ def parse_args() -> argparse.Namespace:
         help="weigh errors by the gate with which the block adds them to its input",
     )
     add = arguments.add_optimisation(parser, ema_decay=None)
-    arguments.add_schedule(add, kind="milestones", milestones=[50, 100, 150])
+    arguments.add_schedule(add, kind="milestones")
     arguments.add_machine(parser)
     parser.set_defaults(epochs=200, global_batch_size=64, clip_grad=10.0)
     return parser.parse_args()

@@ -50,6 +50,7 @@ def main(args: argparse.Namespace) -> None:
     dtype = precision.choose(args.precision, world.device)
     precision.allow_tf32(dtype != torch.float32)
     torch.manual_seed(args.global_seed)
+    milestones = arguments.milestones(args)
     plan = plan_from_flags(args.config_filepath, args.model, args.image_size, args.num_classes)
     plan = with_base(plan, args.load_weight)
     store = open_latents(args.data_path, num_classes=plan.num_classes)
@@ -57,11 +58,17 @@ def main(args: argparse.Namespace) -> None:
     rows = None
     if args.num_images is not None:
         rows = balanced_rows(store.labels, args.num_images, args.global_seed)
-    extent = checkpoint.extent(args, plan, args.num_images or len(store))
+    images = args.num_images or len(store)
+    extent = checkpoint.extent(args, plan, images, stored=len(store), num_images=args.num_images)
     folder, total_steps = extent.folder, extent.total_steps
     held_out = {
         Path(p).name: open_latents(p, num_classes=plan.num_classes) for p in args.val_data_path
     }
+    if len(held_out) < len(args.val_data_path):
+        raise ValueError(
+            f"--val-data-path {' '.join(args.val_data_path)}: two folders have the same name, "
+            "under which their losses would be logged; rename one"
+        )
     for other in held_out.values():
         other.check_shape(store.shape, f"{plan.model_name} of {plan.path}")
     resumed = checkpoint.find(world, args.resume, folder)
@@ -100,7 +107,7 @@ def main(args: argparse.Namespace) -> None:
         total_steps=total_steps,
         warmup_steps=args.warmup_steps,
         end_factor=args.lr_end_factor,
-        milestones=[epoch * extent.steps_per_epoch for epoch in args.milestones],
+        milestones=[epoch * extent.steps_per_epoch for epoch in milestones],
         gamma=args.lr_gamma,
     )
     guard = StepGuard(optimizer, args.clip_grad)
@@ -174,11 +181,13 @@ def main(args: argparse.Namespace) -> None:
             running.zero_()
             logged_step, logged_at = step, time.perf_counter()
         due = step == total_steps or (args.val_every and step % args.val_every == 0)
+        began = time.perf_counter()
         for name, other in held_out.items() if due else ():
             with ema.applied():
                 found = validation_loss(model, other, diffusion, world, dtype)
             log.metrics(step, **{f"val_{key}/{name}": value for key, value in found.items()})
             log.info(f"step {step:07d}  loss of the EMA on {name} {found['loss']:.4f}")
+        logged_at += time.perf_counter() - began
         if path := run.step_done(step, logged=logged_step == step):
             log.info(f"saved {path}")
     bar.close()
@@ -234,8 +243,7 @@ def parse_args() -> argparse.Namespace:
         help="of the masked features of all blocks at the start, falling linearly to 0",
     )
     add = arguments.add_optimisation(parser, ema_decay=0.9999)
-    arguments.add_schedule(add, kind="cosine", milestones=[])
-    add("--lr-end-factor", type=arguments.share, default=0.5, help="cosine ends at this x --lr")
+    arguments.add_schedule(add, kind="cosine")
     arguments.add_machine(parser)
     add = parser.add_argument_group("accepted so that old commands run").add_argument
     add("--vae", help="without effect: the images are encoded already")

@@ -17,6 +17,7 @@ Outputs: <results-dir>/<prefix>-<model>/ with selection.json (the decision and i
 """
 
 import argparse
+import json
 import time
 from pathlib import Path
 
@@ -57,6 +58,8 @@ def main(args: argparse.Namespace) -> None:
     dtype = precision.choose(args.precision, world.device)
     precision.allow_tf32(dtype != torch.float32)
     torch.manual_seed(args.global_seed)
+    if args.save_model is not None and Path(args.save_model).suffix not in (".pt", ".pth"):
+        raise ValueError(f"--save-model {args.save_model}: name a file that ends in .pt or .pth")
     if args.lora and not args.delta_w:
         raise ValueError("--lora needs --delta-w: together they train low-rank updates")
     plan = plan_from_flags(args.config_filepath, None, args.image_size, args.num_classes)
@@ -65,7 +68,8 @@ def main(args: argparse.Namespace) -> None:
     gates = LayerGates(plan.depth, args.groups, args.pin, variants=variants_of(plans))
     store = open_latents(args.data_path, num_classes=plan.num_classes)
     store.check_shape((4, plan.input_size, plan.input_size), f"{plan.model_name} of {plan.path}")
-    extent = checkpoint.extent(args, plan, len(store))
+    architectures = json.dumps([each.architecture() for each in plans], sort_keys=True)
+    extent = checkpoint.extent(args, plan, len(store), plans=architectures)
     folder, total_steps = extent.folder, extent.total_steps
     resumed = checkpoint.find(world, args.resume, folder)
     start_step = 0
@@ -77,7 +81,7 @@ def main(args: argparse.Namespace) -> None:
 
     # Model: original and grafts in every open block; what is trained beside the gates
     model, reports = build_choices(plans, args.global_seed)
-    settle(model, dict.fromkeys(gates.pinned, 0))
+    settle(model, gates.settled())  # these blocks run one branch
     adapted: list[str] = []
     if args.lora:
         alpha = 2 * args.lora_rank if args.lora_alpha is None else args.lora_alpha
@@ -216,7 +220,8 @@ def main(args: argparse.Namespace) -> None:
             written = save_merged(Path(args.save_model), model, average, plans)
             log.info(f"saved the merged model as {args.save_model}, to finetune by {written}")
         log.info(f"keeps {answer['kept']}")
-        log.info(f"grafts {answer['grafted']}; next: --config {folder}/selected.yaml")
+        takes = f" as {answer['chosen']} of {answer['variants']}" if "chosen" in answer else ""
+        log.info(f"grafts {answer['grafted']}{takes}; next: --config {folder}/selected.yaml")
     log.close()
     distributed.barrier(world)
     distributed.stop()

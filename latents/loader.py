@@ -40,7 +40,10 @@ def balanced_rows(labels: np.ndarray, count: int, seed: int) -> torch.Tensor:
     one. ValueError for more images than there are.
     """
     if count > len(labels):
-        raise ValueError(f"{count} images are asked for and the latents hold {len(labels)}")
+        raise ValueError(
+            f"{count} images are asked for and the latents hold {len(labels)}: lower --num-images, "
+            "or extract more"
+        )
     place = epoch_order(len(labels), seed, 0)
     kind = torch.from_numpy(labels)[place]
     grouped = torch.argsort(kind, stable=True)

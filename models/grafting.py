@@ -94,6 +94,11 @@ def variants_of(plans: Sequence[GraftPlan]) -> list[list[int]]:
     Raises:
         ValueError: a plan without grafts, or plans of different models.
     """
+    if len(plans) > 1 and plans[0].base_ckpt_path is None and plans[0].grafted_ckpt_path is None:
+        raise ValueError(
+            f"{plans[0].path}: names neither base_ckpt_path nor grafted_dit_ckpt_path; grafts that "
+            "compete need the model that they belong in"
+        )
     for plan in plans:
         if not plan.grafts:
             raise ValueError(f"{plan.path}: has no grafts; selection chooses between them")
@@ -124,22 +129,32 @@ def build_choices(plans: Sequence[GraftPlan], seed: int) -> tuple[DiT, list[Load
     model, report = build_grafted(plans[0], pairs=True)
     if len(plans) == 1:
         return model, [report]
-    reports, others = [report], []
+    reports = [report]
+    grafts = [_grafts_of(model)]  # a plan: (block, slot) -> its operator
     for variant, plan in enumerate(plans[1:], start=2):
         torch.manual_seed(seed + variant)
         other, report = build_grafted(plan, pairs=True)
-        others.append(other)
+        grafts.append(_grafts_of(other))
         reports.append(report)
-    for i, block in enumerate(model.blocks):
-        for slot in SLOTS.values():
-            holders = [getattr(m.blocks[i], slot) for m in (model, *others)]
-            found = [h for h in holders if isinstance(h, GraftPair)]
-            if found:
-                takes = [found.index(h) if isinstance(h, GraftPair) else None for h in holders]
-                own = getattr(block, slot)
-                original = own.original if isinstance(own, GraftPair) else own
-                setattr(block, slot, GraftChoice(original, [h.graft for h in found], takes))
+        del other  # one model besides the first at a time
+    for i, slot in sorted({place for own in grafts for place in own}):
+        operators = [own[i, slot] for own in grafts if (i, slot) in own]
+        numbers = iter(range(len(operators)))
+        takes = [next(numbers) if (i, slot) in own else None for own in grafts]
+        held = getattr(model.blocks[i], slot)
+        original = held.original if isinstance(held, GraftPair) else held
+        setattr(model.blocks[i], slot, GraftChoice(original, operators, takes))
     return model, reports
+
+
+def _grafts_of(model: DiT) -> dict[tuple[int, str], torch.nn.Module]:
+    """The grafts of all pairs of a model, by block and attribute."""
+    return {
+        (i, slot): getattr(block, slot).graft
+        for i, block in enumerate(model.blocks)
+        for slot in SLOTS.values()
+        if isinstance(getattr(block, slot), GraftPair)
+    }
 
 
 def load_trained(model: DiT, plan: GraftPlan, path: str | Path) -> None:

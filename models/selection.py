@@ -129,6 +129,15 @@ class LayerGates(nn.Module):
     def choices(self) -> list[torch.Tensor]:
         return [getattr(self, f"choices_{g}") for g in range(len(self.groups))]
 
+    def settled(self) -> dict[int, int]:
+        """Block -> variant where every option of the group agrees, as for pinned blocks."""
+        agreed = {}
+        for choices, (first, _) in zip(self.choices, self.spans, strict=True):
+            for i, column in enumerate(choices.T):
+                if (column == column[0]).all():
+                    agreed[first + i] = int(column[0])
+        return agreed
+
     def draw(
         self,
         tau: float,

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models.files import read_json
 from training import arguments, distributed
 
-SAME = ("groups_spec", "slots")
+SAME = ("groups_spec", "slots", "pinned", "variants")
+OPTIONAL = ("variants", "chosen")
 
 
 def read_answer(path: Path) -> dict:
@@ -28,7 +29,11 @@ def read_answer(path: Path) -> dict:
     file = path / "selection.json" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; has prune_by_learning.py finished there?")
-    return read_json(file, "run prune_by_learning.py again")
+    answer = read_json(file, "run prune_by_learning.py again")
+    for key in ("kept", "grafted", "groups", *SAME):
+        if key not in answer and key not in OPTIONAL:
+            raise ValueError(f"{file}: has no {key!r}: run prune_by_learning.py again")
+    return answer
 
 
 def compare(answers: list[dict]) -> dict:
@@ -85,10 +90,9 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("one run agrees with itself: give at least two")
     for path, answer in zip(args.runs, answers, strict=True):
         for key in SAME:
-            if answer[key] != answers[0][key]:
-                raise ValueError(
-                    f"{path}: {key} {answer[key]} differs from {answers[0][key]} of {args.runs[0]}"
-                )
+            mine, first = answer.get(key), answers[0].get(key)
+            if mine != first:
+                raise ValueError(f"{path}: {key} {mine} differs from {first} of {args.runs[0]}")
     found = compare(answers)
     if args.json is not None:
         args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

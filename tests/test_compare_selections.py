@@ -18,6 +18,7 @@ def answer(kept, chosen=None):
         groups.append({"blocks": [first, first + 1], "options": options, "confidence": 0.75})
     grafted = [b for b in range(4) if b not in kept]
     found = {"kept": kept, "grafted": grafted, "slots": ["mha"], "groups_spec": "1:2,1:2"}
+    found |= {"pinned": []}
     return {**found, "groups": groups, **({"chosen": chosen} if chosen else {})}
 
 

@@ -9,7 +9,9 @@ import torch
 import yaml
 
 import prune_by_learning
-from models.grafting import build_grafted, load_plan
+from models.dit import build_dit
+from models.grafting import build_choices, build_grafted, load_plan, with_base
+from models.selection import LayerGates
 from training.distributed import World
 from training.selection_report import decision, write_trajectory_line
 
@@ -98,6 +100,19 @@ def test_both_slots_follow_one_decision(monkeypatch, folder):
 
 
 def test_several_grafts_compete_for_a_block(monkeypatch, folder):
+    torch.manual_seed(0)
+    torch.save(build_dit("DiT-S/2", 8, num_classes=5).state_dict(), folder / "s.pt")
+
+    class Tilted(LayerGates):
+        """Gates whose last option, the one of the last plans, leads in every other group."""
+
+        def __init__(self, *args, **keywords):
+            super().__init__(*args, **keywords)
+            with torch.no_grad():
+                for gate in list(self.gumbel_gates)[::2]:
+                    gate[0, -1] += 1
+
+    monkeypatch.setattr(prune_by_learning, "LayerGates", Tilted)
     blocks = [b for b in range(12) if b % 4]
     plans = {
         "swa": plan_file(folder, "one", [("mha", "swa", blocks, {})]),
@@ -105,8 +120,12 @@ def test_several_grafts_compete_for_a_block(monkeypatch, folder):
         "mlp": plan_file(folder, "three", [("mlp", "mlp", [1, 2], {"expansion_ratio": 3})]),
     }
     flags = ["--candidates", plans["hyena_y"], plans["mlp"], "--delta-w"]
+    with pytest.raises(ValueError, match="names neither base_ckpt_path nor grafted_dit"):
+        select(monkeypatch, folder, plans["swa"], "compete", *flags)
+    flags += ["--load-weight", folder / "s.pt"]
     run, answer = select(monkeypatch, folder, plans["swa"], "compete", *flags)
-    assert answer["variants"] == {"1": "one.yaml", "2": "two.yaml", "3": "three.yaml"}
+    assert answer["variants"] == {str(v): str(p) for v, p in enumerate(plans.values(), start=1)}
+    assert {1, 2} <= set(answer["chosen"].values())
     assert len(answer["kept"]) == 6 and len(answer["chosen"]) == 6
     first = answer["groups"][0]["options"]
     # one of 1, 2, 3 is kept beside 0; each other takes one of its variants
@@ -118,24 +137,35 @@ def test_several_grafts_compete_for_a_block(monkeypatch, folder):
     found = {b: g.operator for g in chosen.grafts for b in g.blocks}
     assert found == expected
     model, report = build_grafted(chosen)
+    base = str(folder / "s.pt")
+    begun, _ = build_choices([with_base(load_plan(p), base) for p in plans.values()], seed=0)
     for block, operator in expected.items():
-        source = report.sources[
-            f"blocks.{block}.{'mlp' if operator == 'mlp' else 'attn'}."
-            + ({"swa": "Wqkv.weight", "hyena_y": "in_proj.weight", "mlp": "fc1.weight"}[operator])
-        ]
+        attribute = "mlp" if operator == "mlp" else "attn"
+        key = {"swa": "Wqkv.weight", "hyena_y": "in_proj.weight", "mlp": "fc1.weight"}[operator]
+        source = report.sources[f"blocks.{block}.{attribute}.{key}"]
         assert source == ("fresh" if operator == "swa" else "graft_weights")
+        if operator != "swa":  # as it began the selection
+            choice = getattr(begun.blocks[block], attribute)
+            expected_tensor = choice.operator(list(plans).index(operator) + 1).get_parameter(key)
+            assert torch.equal(
+                getattr(model.blocks[block], attribute).get_parameter(key), expected_tensor
+            )
 
 
 def test_candidates_must_be_of_the_same_model(monkeypatch, folder):
     small = plan_file(folder, "small", [("mha", "swa", [1], {})])
     mini = plan_file(folder, "mini", [("mha", "swa", [1], {})], model="DiT-Mini/2")
+    torch.save(build_dit("DiT-S/2", 8, num_classes=5).state_dict(), folder / "s.pt")
+    flags = ["--candidates", mini, "--load-weight", folder / "s.pt"]
     with pytest.raises(ValueError, match=r"mini.yaml: model_name DiT-Mini/2 differs from DiT-S/2"):
-        select(monkeypatch, folder, small, "mixed", "--candidates", mini)
+        select(monkeypatch, folder, small, "mixed", *flags)
+    with pytest.raises(ValueError, match="--save-model x.yaml: name a file that ends in .pt"):
+        select(monkeypatch, folder, small, "mixed", "--save-model", "x.yaml")
 
 
 def test_agreement_counts_the_last_tenth_of_the_steps(tmp_path, folder):
     plan = load_plan(plan_file(folder, "few", [("mha", "swa", list(range(12)), {})]))
-    gates = prune_by_learning.LayerGates(12, "1:2")
+    gates = LayerGates(12, "1:2")
     for step in range(10, 201, 10):  # the first group changes its mind after step 190
         with torch.no_grad():
             gates.gumbel_gates[0].copy_(torch.tensor([[1.0, 0.0] if step > 190 else [0.0, 1.0]]))

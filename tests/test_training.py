@@ -267,8 +267,9 @@ def test_validation_draws_the_same_whatever_the_batch(tmp_path):
     for i in range(5):
         index = torch.tensor([i])
         for number in range(4):
-            x = store.latents(store.read(index), index, 0, number)
-            t, added, _ = draw(0, number, index, (4, 8, 8), 1000, 0.0)
+            epoch = 2**32 - 1 - number  # of no training
+            x = store.latents(store.read(index), index, 0, epoch)
+            t, added, _ = draw(0, epoch, index, (4, 8, 8), 1000, 0.0)
             labels = {"y": torch.tensor([i % 3])}
             losses.append(
                 diffusion.training_losses(model, x, t, labels, noise=added)["loss"].item()

@@ -93,19 +93,39 @@ def add_optimisation(parser: argparse.ArgumentParser, ema_decay: float | None) -
     return add
 
 
-def add_schedule(add: Callable, kind: str, milestones: list[int]) -> None:
-    """The flags of `training.optimizer.schedule`, with these defaults."""
+def add_schedule(add: Callable, kind: str) -> None:
+    """The flags of `training.optimizer.schedule`, by default of this kind."""
     add("--lr-schedule", choices=SCHEDULES, default=kind, help="after the warm-up")
+    add("--lr-end-factor", type=share, default=0.5, help="cosine ends at this x --lr")
     add(
         "--milestones",
         type=positive,
-        nargs="*",
-        default=milestones,
-        help="epochs at which --lr-schedule milestones multiplies the rate by --lr-gamma",
+        nargs="+",
+        metavar="EPOCH",
+        help="where --lr-schedule milestones multiplies the rate by --lr-gamma",
     )
     add("--lr-gamma", type=share, default=0.5, help="see --milestones")
     add("--warmup-steps", type=nonnegative, default=0, help="linear from 0 to --lr")
     add("--weight-decay", type=weight, default=0.0, help="of AdamW")
+
+
+def milestones(args: argparse.Namespace, default: tuple[int, ...] = ()) -> list[int]:
+    """The epochs of --milestones; `default` where the schedule needs some and none are given.
+
+    Raises:
+        ValueError: milestones for another schedule, or the schedule without milestones.
+    """
+    if args.lr_schedule != "milestones":
+        if args.milestones:
+            raise ValueError(
+                f"--milestones {args.milestones}: --lr-schedule {args.lr_schedule} has none; say "
+                "--lr-schedule milestones"
+            )
+        return []
+    epochs = args.milestones or list(default)
+    if not epochs:
+        raise ValueError("--lr-schedule milestones: say at which epochs with --milestones")
+    return epochs
 
 
 def add_machine(parser: argparse.ArgumentParser) -> Callable:

@@ -83,8 +83,11 @@ class Extent:
     order: dict
 
 
-def extent(args: Namespace, plan: GraftPlan, images: int) -> Extent:
-    """The extent that an entry's flags (`training.arguments.add_run`) mean for so many images."""
+def extent(args: Namespace, plan: GraftPlan, images: int, **more) -> Extent:
+    """The extent that an entry's flags (`training.arguments.add_run`) mean for so many images.
+
+    more: further plain data that a resumed run must have the same.
+    """
     steps_per_epoch = images // args.global_batch_size
     total_steps = min(args.epochs * steps_per_epoch, args.max_steps or sys.maxsize)
     order = {
@@ -92,6 +95,7 @@ def extent(args: Namespace, plan: GraftPlan, images: int) -> Extent:
         "global_batch_size": args.global_batch_size,
         "global_seed": args.global_seed,
         "total_steps": total_steps,
+        **more,
     }
     folder = Path(args.results_dir) / f"{args.prefix}-{plan.model_name.replace('/', '-')}"
     return Extent(folder, steps_per_epoch, total_steps, order)
@@ -153,7 +157,8 @@ def check(
             f"--resume: the checkpoint is of another model than {plan.path}: {different}"
         )
     flags = {name: getattr(args, name) for name in fixed}
-    for there, here in ((state["position"], order), (state["args"], flags)):
+    known = {key: value for key, value in flags.items() if key in state["args"]}
+    for there, here in ((state["position"], order), (state["args"], known)):
         for key, value in here.items():
             if there.get(key) != value:
                 raise ValueError(

@@ -6,18 +6,23 @@ the same input.
 """
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from models.dit import DiT
+from models.files import write_json, write_whole
 from models.graft_plan import GraftPlan
-from models.grafting import build_grafted
+from models.grafting import LoadReport, build_grafted
 from models.operators import build_operator
 from models.weights import SLOTS
+from training import distributed, precision
+from training.distributed import World
 from training.optimizer import StepGuard
 
 LOSSES = ("l1", "l2", "huber")
@@ -88,8 +93,9 @@ class Teacher(nn.Module):
 class Students(nn.Module):
     """The new operators of a plan, each with its loss; they share nothing.
 
-    forward(inputs, targets, gates) -> losses [S] and squared relative errors
-    sum (g - f)^2 / sum f^2, [S], in the order of `slots`. `kinds`: slot kind -> one of LOSSES.
+    forward(inputs, targets, gates) -> losses [S], and [2, S] the sums of (g - f)^2 and of f^2, of
+    which the root of their ratio is the relative error; in the order of `slots`. `kinds`: slot kind
+    -> one of LOSSES.
     weigh_by_gate: the error of a sample and channel counts by the gate with which it enters the
     model.
     """
@@ -112,17 +118,17 @@ class Students(nn.Module):
         targets: list[torch.Tensor],
         gates: list[torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        losses, relative = [], []
+        losses, squares = [], []
         for (_, slot), operator, h, f, gate in zip(
             self.slots, self.operators, inputs, targets, gates, strict=True
         ):
             f = f.float()
             error = operator(h).float() - f  # B T D
-            relative.append(error.detach().square().sum() / f.square().sum())
+            squares.append(torch.stack([error.detach().square().sum(), f.square().sum()]))
             if self.weigh_by_gate:
                 error = error * gate.float().unsqueeze(1)
             losses.append(self._loss(self.kinds[slot], error))
-        return torch.stack(losses), torch.stack(relative)
+        return torch.stack(losses), torch.stack(squares, dim=1)
 
     def _loss(self, kind: str, error: torch.Tensor) -> torch.Tensor:
         if kind == "l1":
@@ -132,8 +138,10 @@ class Students(nn.Module):
         return F.huber_loss(error, torch.zeros_like(error), delta=self.delta)
 
 
-def build_students(plan: GraftPlan, seed: int) -> tuple[DiT, dict[Slot, nn.Module]]:
-    """The pretrained model of a plan, and its new operators at their start.
+def build_students(
+    plan: GraftPlan, seed: int
+) -> tuple[DiT, dict[Slot, nn.Module], LoadReport, list[str]]:
+    """The pretrained model of a plan, its new operators, and where both start, for the log.
 
     Operators start from the plan's `graft_weights` or `graft_init`; a fresh tensor is a function of
     (seed, block, slot), whichever other operators there are. The plan's grafted checkpoint is not
@@ -150,9 +158,7 @@ def build_students(plan: GraftPlan, seed: int) -> tuple[DiT, dict[Slot, nn.Modul
             f"{plan.path}: has no base_ckpt_path: name the pretrained model to learn from there or "
             "with --load-weight"
         )
-    plan = replace(plan, grafted_ckpt_path=None)
-    teacher, _ = build_grafted(replace(plan, grafts=(), graft_weights={}))
-    started, report = build_grafted(plan)
+    started, report = build_grafted(replace(plan, grafted_ckpt_path=None))
     students: dict[Slot, nn.Module] = {}
     for block in plan.grafted_blocks():
         for slot, attribute in SLOTS.items():
@@ -169,9 +175,7 @@ def build_students(plan: GraftPlan, seed: int) -> tuple[DiT, dict[Slot, nn.Modul
                 if report.sources[place + name] != "fresh"
             }
             inherited = [n for n in taken if report.sources[place + n] == "inherited"]
-            if len(inherited) == len(operator.state_dict()) and _is_original(
-                teacher, started, place
-            ):
+            if len(inherited) == len(operator.state_dict()) and graft.operator == slot:
                 raise ValueError(
                     f"{plan.path}: block {block}: {graft.operator} in the {slot} slot starts as "
                     "the very operator that it replaces: there is nothing to learn; say "
@@ -179,13 +183,18 @@ def build_students(plan: GraftPlan, seed: int) -> tuple[DiT, dict[Slot, nn.Modul
                 )
             operator.load_state_dict({**operator.state_dict(), **taken}, strict=True)
             students[block, slot] = operator
-    return teacher, students
-
-
-def _is_original(teacher: DiT, started: DiT, place: str) -> bool:
-    """Whether the operator at a place is of the same kind in both models."""
-    name = place.removesuffix(".")
-    return type(teacher.get_submodule(name)) is type(started.get_submodule(name))
+    del started
+    plain = replace(plan, grafts=(), grafted_ckpt_path=None, graft_weights={})
+    teacher, base = build_grafted(plain)
+    starts = Counter(
+        report.sources[f"blocks.{block}.{SLOTS[slot]}.{name}"]
+        for (block, slot), operator in students.items()
+        for name in operator.state_dict()
+    )
+    notes = [f"{n} tensors of the new operators {source}" for source, n in sorted(starts.items())]
+    if plan.grafted_ckpt_path is not None:
+        notes.append(f"{plan.grafted_ckpt_path} is not read: the operators start anew")
+    return teacher, students, base, notes
 
 
 class Steps:
@@ -205,10 +214,14 @@ class Steps:
         for guard in self.guards:
             guard.optimizer.zero_grad(set_to_none=True)
 
-    def failing(self) -> list[int]:
-        """Operators whose gradient was not finite in the last step (waits for the device)."""
-        rows = torch.stack([guard.in_a_row for guard in self.guards]).tolist()
-        return [i for i, row in enumerate(rows) if row]
+    def skipped(self) -> tuple[list[int], list[int]]:
+        """Steps that each operator left out, its gradient not being finite; waits for the device.
+
+        Returns:
+            In all, and since its last good one.
+        """
+        counts = torch.stack([torch.stack([g.skipped, g.in_a_row]) for g in self.guards])
+        return tuple(counts.int().T.tolist())
 
     def state_dict(self) -> dict:
         """For a checkpoint."""
@@ -266,3 +279,55 @@ class Best:
         for mine, held in zip(self.weights, state["weights"], strict=True):
             for name, tensor in held.items():
                 mine[name].copy_(tensor)
+
+
+@torch.no_grad()
+def validation(
+    teacher: Teacher,
+    students: Students,
+    batches: Iterable[tuple],
+    world: World,
+    dtype: torch.dtype,
+) -> tuple[list[float], list[float]]:
+    """Loss and relative error of every operator over all processes' batches, in eval mode.
+
+    Args:
+        batches: this process's, perhaps none; each what the teacher takes.
+        dtype: of the autocast, as in training.
+    """
+    sums = torch.zeros(3, len(students.slots), device=world.device)  # losses, (g - f)^2, f^2
+    seen = torch.zeros((), device=world.device)
+    students.eval()
+    for batch in batches:
+        with precision.autocast(world.device, dtype):
+            losses, squares = students.forward(*teacher.forward(*batch))
+        sums += torch.cat([losses[None] * len(batch[0]), squares])
+        seen += len(batch[0])
+    students.train()
+    total, wrong, whole = distributed.sum_across(world, sums)
+    losses = total / distributed.sum_across(world, seen)
+    return losses.tolist(), (wrong / whole).sqrt().tolist()
+
+
+def write_operators(
+    folder: Path, plan: GraftPlan, best: Best, skipped: list[int], provenance: dict
+) -> dict[Slot, Path]:
+    """Writes operators/<slot>.<operator>.pt and distillation.json into a run folder.
+
+    An operator whose validation loss was never finite gets no file, and null in the JSON.
+    """
+    files, summary = {}, {}
+    for i, (block, slot) in enumerate(best.students.slots):
+        graft, name = plan.graft_at(block, slot), name_of((block, slot))
+        found = {"val_loss": best.losses[i], "val_error": best.errors[i], "step": best.steps[i]}
+        found = found if best.steps[i] >= 0 else dict.fromkeys(found)
+        found |= {"operator": graft.operator, "skipped_steps": skipped[i]}
+        summary[name] = found
+        if best.steps[i] >= 0:
+            path = folder / "operators" / f"{name}.{graft.operator}.pt"
+            weights = {n: t.cpu() for n, t in best.weights[i].items()}
+            state = {"model": weights, "provenance": {**provenance, **found}}
+            write_whole(path, lambda partial, state=state: torch.save(state, partial))
+            files[block, slot] = path.resolve()
+    write_json(folder / "distillation.json", {"operators": summary, **provenance})
+    return files

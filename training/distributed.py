@@ -148,8 +148,8 @@ def run(main: Callable[[Namespace], None], args: Namespace) -> None:
     """Calls an entry's `main`; bad input ends it with one line and exit code 2.
 
     Bad input is a ValueError or FileNotFoundError that this repository raises by name, or a path
-    that cannot be written, also for want of space; anything else keeps its traceback. Rank 0 speaks at once; the others
-    wait a moment, in which torchrun ends them when they only follow rank 0.
+    that cannot be written, also for want of space; anything else keeps its traceback. Rank 0
+    speaks at once; the others wait a moment, in which torchrun ends them when they only follow it.
     """
     rank = int(os.environ.get("RANK", "0"))
     try:

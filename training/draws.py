@@ -6,6 +6,8 @@ import torch
 
 from diffusion import noise
 
+HELD_OUT_EPOCH = 2**32 - 1  # counted down from here, its draws are those of no training epoch
+
 
 class Draws(NamedTuple):
     """What the diffusion loss of a batch needs beside the latents.

@@ -67,7 +67,7 @@ def decision(
         "agreement_lines": len(late),
     }
     if gates.variants > 1:
-        answer["variants"] = {v: plan.path.name for v, plan in enumerate(plans, start=1)}
+        answer["variants"] = {v: str(plan.path) for v, plan in enumerate(plans, start=1)}
         answer["chosen"] = {b: variant for b, variant in enumerate(chosen) if variant}
     return answer
 
@@ -103,7 +103,7 @@ def write_answer(
     weights = {}
     for plan, report in zip(plans, reports, strict=True):
         weights |= {
-            source if plan is plans[0] else f"{plan.path.name}: {source}": {
+            source if plan is plans[0] else f"{plan.path}: {source}": {
                 "file": report.files[source],
                 "sha256": file_sha256(path),
             }
@@ -114,7 +114,8 @@ def write_answer(
     content = {**answer, "plan": "selected.yaml", "trajectory": TRAJECTORY, "configs": configs}
     content |= {"weights": weights, **provenance, **environment()}
     write_json(folder / "selection.json", content)
-    plot_trajectory(folder / TRAJECTORY, gates, folder / "trajectory.png")
+    if _records(folder / TRAJECTORY):
+        plot_trajectory(folder / TRAJECTORY, gates, folder / "trajectory.png")
 
 
 def _with_operators(
@@ -187,6 +188,9 @@ def _write_chosen(
 
 
 def _records(trajectory: Path) -> list[dict]:
+    """The lines so far; none where a resumed run's are in another folder."""
+    if not trajectory.is_file():
+        return []
     return [json.loads(line) for line in trajectory.read_text(encoding="utf-8").splitlines()]
 
 

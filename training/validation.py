@@ -6,10 +6,18 @@ from diffusion.gaussian import Diffusion
 from latents.store import LatentStore
 from training import distributed, precision
 from training.distributed import World
-from training.draws import draw
+from training.draws import HELD_OUT_EPOCH, draw
 
 SEED = 0
 DRAWS = 4  # timesteps an image
+
+
+def read_rows(
+    store: LatentStore, index: torch.Tensor, world: World
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Moments, places and labels of the rows `index` [B] of a store, on the device."""
+    labels = torch.from_numpy(store.labels[index.numpy()])
+    return tuple(part.to(world.device) for part in (store.read(index), index, labels))
 
 
 @torch.no_grad()
@@ -35,13 +43,11 @@ def validation_loss(
     names = ("loss", "mse", "vb")
     sums = torch.zeros(4, device=world.device, dtype=torch.float64)
     mine = torch.arange(world.rank, len(store), world.size)
-    for index in mine.split(batch_size):
-        moments = store.read(index).to(world.device)
-        labels = torch.from_numpy(store.labels[index.numpy()]).to(world.device)
-        index = index.to(world.device)
-        for number in range(DRAWS):
-            x = store.latents(moments, index, SEED, number)  # [B,C,H,W]
-            draws = draw(SEED, number, index, x.shape[1:], diffusion.num_timesteps, 0.0)
+    for index in mine.split(batch_size) if len(mine) else ():
+        moments, index, labels = read_rows(store, index, world)
+        for epoch in range(HELD_OUT_EPOCH, HELD_OUT_EPOCH - DRAWS, -1):
+            x = store.latents(moments, index, SEED, epoch)  # [B,C,H,W]
+            draws = draw(SEED, epoch, index, x.shape[1:], diffusion.num_timesteps, 0.0)
             with precision.autocast(world.device, dtype):
                 terms = diffusion.training_losses(
                     model.forward, x, draws.t, {"y": labels}, noise=draws.noise
