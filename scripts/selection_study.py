@@ -75,7 +75,8 @@ def prepare(operator: str, args: argparse.Namespace) -> None:
     Every plan of the study takes its operators from the same distillation.
     """
     folder = args.work / "plans" / operator
-    if (folder / "candidate.yaml").is_file():
+    made = [folder / "candidate.yaml", *(folder / f"random_{seed}.yaml" for seed in args.seeds)]
+    if all(file.is_file() for file in made):
         return
     source = REPOSITORY / f"configs/mini/75p_{operator}.yaml"
     content = read_yaml(source)
@@ -142,19 +143,36 @@ def make(operator: str, pattern: str, seed: int, args: argparse.Namespace) -> di
         "fd_mini": read_json(folder / "metrics.json", "rerun")["metrics"]["fd_mini"],
         "train_mse": found["val_mse/train"],
         "heldout_mse": found["val_mse/heldout"],
-        "num_samples": args.num_samples,
-        "steps": args.steps,
-        "batch": args.batch,
+        "settings": settings(args),
         "selection": None
         if answer is None
         else {
-            "steps": args.selection_steps,
-            "flags": args.selection_flags,
             "confidence": [group["confidence"] for group in answer["groups"]],
             "agreement": [group["agreement"] for group in answer["groups"]],
         },
         **environment(),
     }
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """What every case of a study must share."""
+    names = ("steps", "selection_steps", "distill_steps", "batch", "num_samples")
+    names += ("train_flags", "selection_flags")
+    return {name: getattr(args, name) for name in names}
+
+
+def is_made(path: Path, wanted: dict) -> bool:
+    """Whether a case has its result; ValueError where that is of another study."""
+    if not path.is_file():
+        return False
+    found = read_json(path, "delete it")["settings"]
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"{path}: was made with {name} {found.get(name)}, this study has {value}: give "
+                "another --results, or delete it"
+            )
+    return True
 
 
 def run(args: argparse.Namespace) -> None:
@@ -169,7 +187,7 @@ def run(args: argparse.Namespace) -> None:
         for seed in args.seeds
         for pattern in args.patterns
         for operator in args.operators
-        if not (args.results / f"{operator}-{pattern}-{seed}.json").is_file()
+        if not is_made(args.results / f"{operator}-{pattern}-{seed}.json", settings(args))
     ]
 
     def finish(case: tuple[str, str, int]) -> str:
@@ -193,7 +211,12 @@ def report(args: argparse.Namespace) -> None:
         groups[record["operator"], record["pattern"]].append(record)
     operators = sorted({operator for operator, _ in groups})
     text = "\n\n".join(operator_table(operator, groups) for operator in operators)
+    for record in records[1:]:
+        if record["settings"] != records[0]["settings"]:
+            raise ValueError(f"{args.results}: holds results of studies with different settings")
     page = REPOSITORY / "docs" / "selection.md"
+    if not page.is_file():
+        raise FileNotFoundError(f"{page}: no such page; it needs the lines {' and '.join(MARKERS)}")
     before, found, rest = page.read_text(encoding="utf-8").partition(MARKERS[0])
     _, closed, after = rest.partition(MARKERS[1])
     if not (found and closed):
@@ -217,12 +240,10 @@ def operator_table(operator: str, groups: dict) -> str:
             rows.append(
                 (statistics.mean(r["train_mse"] for r in found), pattern, len(found), cells)
             )
-    first = next(
-        record for (name, _), found in groups.items() if name == operator for record in found
-    )
+    shared = next(iter(groups.values()))[0]["settings"]
     lines = [
-        f"**{operator}**, 14 of 28 blocks grafted; {first['steps']} finetuning steps of "
-        f"{first['batch']}, {first['num_samples']} samples; mean ± standard deviation.",
+        f"**{operator}**, 14 of 28 blocks grafted; {shared['steps']} finetuning steps of "
+        f"{shared['batch']}, {shared['num_samples']} samples; mean ± standard deviation.",
         "",
         f"| selection | cases | {' | '.join(METRICS.values())} |",
         "|---|---|" + "---|" * len(METRICS),
@@ -272,8 +293,13 @@ def parse_args() -> argparse.Namespace:
             add("--batch", type=arguments.positive, default=64, help="images a step")
             add("--num-samples", type=arguments.positive, default=1024, help="images to score")
             add("--jobs", type=arguments.positive, default=1, help="cases at the same time")
-            add("--train-flags", type=shlex.split, default=[], help="one string, for both trainers")
-            add("--selection-flags", type=shlex.split, default=[], help="for prune_by_learning.py")
+            add(
+                "--train-flags",
+                type=shlex.split,
+                default=[],
+                help="one string: --train-flags=--no-compile",
+            )
+            add("--selection-flags", type=shlex.split, default=[], help="one string, for selection")
     return parser.parse_args()
 
 
