@@ -36,3 +36,23 @@ def golden():
         return doc, arrays, fill
 
     return open_group
+
+
+@pytest.fixture(scope="session")
+def write_latents():
+    """Writes random latents of 4x8x8 into a folder, in the layout of one file a picture.
+
+    `write_latents(folder, 12, classes=3)`; image i is of class i % classes.
+    """
+
+    def write(folder, count, classes, mirrors=2):
+        generator = np.random.default_rng(0)
+        for name in ("imagenet256_features", "imagenet256_labels"):
+            (folder / name).mkdir(parents=True)
+        for i in range(count):
+            latents = generator.normal(size=(mirrors, 4, 8, 8)).astype(np.float32)
+            np.save(folder / "imagenet256_features" / f"{i}.npy", latents)
+            np.save(folder / "imagenet256_labels" / f"{i}.npy", np.array([i % classes]))
+        return folder
+
+    return write

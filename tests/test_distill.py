@@ -19,16 +19,10 @@ from training.optimizer import adamw, schedule
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, write_latents):
     """Random latents of 4x8x8 (one file a picture) and a DiT-Mini/2 with live blocks as teacher."""
     folder = tmp_path_factory.mktemp("distill")
-    generator = np.random.default_rng(0)
-    for name in ("imagenet256_features", "imagenet256_labels"):
-        (folder / "latents" / name).mkdir(parents=True)
-    for i in range(12):
-        latents = generator.normal(size=(2, 4, 8, 8)).astype(np.float32)
-        np.save(folder / "latents/imagenet256_features" / f"{i}.npy", latents)
-        np.save(folder / "latents/imagenet256_labels" / f"{i}.npy", np.array([i % 3]))
+    write_latents(folder / "latents", 12, classes=3)
     torch.manual_seed(0)
     teacher = build_dit("DiT-Mini/2", 8, num_classes=3)
     for name, parameter in teacher.named_parameters():

@@ -3,7 +3,6 @@
 import json
 import sys
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -68,14 +67,8 @@ def test_outliers_of_either_side_are_left_out():
         assert found[sample].item() == pytest.approx(expected[sample][keep[sample]].mean().item())
 
 
-def test_finetuning_with_a_teacher(monkeypatch, tmp_path):
-    generator = np.random.default_rng(0)
-    for name in ("imagenet256_features", "imagenet256_labels"):
-        (tmp_path / "latents" / name).mkdir(parents=True)
-    for i in range(8):
-        latents = generator.normal(size=(2, 4, 8, 8)).astype(np.float32)
-        np.save(tmp_path / "latents/imagenet256_features" / f"{i}.npy", latents)
-        np.save(tmp_path / "latents/imagenet256_labels" / f"{i}.npy", np.array([i % 3]))
+def test_finetuning_with_a_teacher(monkeypatch, tmp_path, write_latents):
+    write_latents(tmp_path / "latents", 8, classes=3)
     torch.manual_seed(0)
     base = build_dit("DiT-Mini/2", 8, num_classes=3)
     for parameter in base.final_layer.parameters():

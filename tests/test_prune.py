@@ -19,16 +19,10 @@ CPU = World(0, 0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, write_latents):
     """Random latents of 4x8x8 in the layout of one file a picture."""
     folder = tmp_path_factory.mktemp("prune")
-    generator = np.random.default_rng(0)
-    for name in ("imagenet256_features", "imagenet256_labels"):
-        (folder / "latents" / name).mkdir(parents=True)
-    for i in range(8):
-        latents = generator.normal(size=(2, 4, 8, 8)).astype(np.float32)
-        np.save(folder / "latents/imagenet256_features" / f"{i}.npy", latents)
-        np.save(folder / "latents/imagenet256_labels" / f"{i}.npy", np.array([i % 5]))
+    write_latents(folder / "latents", 8, classes=5)
     return folder
 
 

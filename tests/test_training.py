@@ -10,7 +10,6 @@ import threading
 from argparse import Namespace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -248,14 +247,9 @@ def test_streams_of_the_draws_are_distinct():
     assert len({getattr(noise, name) for name in names}) == len(names)
 
 
-def test_validation_draws_the_same_whatever_the_batch(tmp_path):
+def test_validation_draws_the_same_whatever_the_batch(tmp_path, write_latents):
     """Against each image alone; the model's mode and weights are left as they were."""
-    for name in ("imagenet256_features", "imagenet256_labels"):
-        (tmp_path / name).mkdir()
-    for i in range(5):
-        latents = np.random.default_rng(i).normal(size=(1, 4, 8, 8)).astype(np.float32)
-        np.save(tmp_path / "imagenet256_features" / f"{i}.npy", latents)
-        np.save(tmp_path / "imagenet256_labels" / f"{i}.npy", np.array([i % 3]))
+    write_latents(tmp_path, 5, classes=3, mirrors=1)
     store, diffusion = open_latents(tmp_path, num_classes=3), create_diffusion("")
     torch.manual_seed(0)
     model = DiT(input_size=8, hidden_size=32, depth=1, num_heads=2, num_classes=3).train()
