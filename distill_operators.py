@@ -30,7 +30,7 @@ from models.operators.accelerators import accelerate
 from models.plan import find_file, plan_from_flags, write_plan
 from models.provenance import environment
 from training import arguments, checkpoint, distributed, precision
-from training.compilation import compile_step
+from training.compilation import compile_model, compile_step
 from training.distillation import (
     LOSSES,
     Best,
@@ -136,8 +136,8 @@ def main(args: argparse.Namespace) -> None:
         del resumed
     latents, draws_of = compile_step(world, args.compile, None, store.latents, draw)
     if args.compile and world.device.type == "cuda":
-        teacher.compile()
-        students.compile()
+        compile_model(teacher)
+        compile_model(students)
     net = distributed.wrap(world, students)
     diffusion = create_diffusion("")
     slots = students.slots

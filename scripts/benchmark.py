@@ -34,6 +34,7 @@ from models.operators import OPERATORS, accelerators, build_operator
 from models.operators.accelerators import KERNELS
 from models.plan import load_plan
 from training import arguments, distributed, precision
+from training.compilation import compile_model
 from training.distillation import Steps, Students, Teacher
 from training.optimizer import StepGuard, adamw
 
@@ -104,8 +105,8 @@ def distill(args: argparse.Namespace) -> None:
         for o in students.operators
     ]
     if args.compile and world.device.type == "cuda":
-        teacher.compile()
-        students.compile()
+        compile_model(teacher)
+        compile_model(students)
     shape = (args.batch, 4, plan.input_size, plan.input_size)
     x = torch.randn(shape, device=world.device)
     t = torch.randint(1000, (args.batch,), device=world.device)

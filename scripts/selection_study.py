@@ -5,9 +5,10 @@ r"""Learned selection against the guesses, on the miniature testbed: raw results
 
 `run` encodes the testbed's pictures, distills the operator into every block, learns a selection a
 seed with prune_by_learning.py, writes the guesses with scripts/guess_plans.py, and gives every plan
-the same finetuning, sampling and scoring by the ordinary entries; each finished case is one small
-JSON in --results. Started again, it makes the cases that are missing. `report` turns the JSONs into
-the tables of docs/selection.md (between its two markers) and docs/images/selection_study.png.
+the same finetuning, sampling and scoring by the ordinary entries, and the same to the base model
+without a graft. Each finished case is one small JSON in --results; started again, it makes the
+cases that are missing. `report` turns the JSONs into the tables of docs/selection.md (between its
+two markers) and docs/images/selection_study.png.
 """
 
 import argparse
@@ -34,6 +35,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "docs" / "results" / "selection"
 PATTERNS = ("learned", "interleaved", "deep", "shallow", "top-local", "low-local", "random")
 BASE = "assets/mini/dit_mini.safetensors"
+UNGRAFTED = ("none", "base")  # the operator and pattern of the base model's cases
 MARKERS = ("<!-- results: written by scripts/selection_study.py -->", "<!-- end of results -->")
 METRICS = {"train_mse": "training MSE", "heldout_mse": "held-out MSE", "fd_mini": "fd_mini"}
 
@@ -105,8 +107,10 @@ def make(operator: str, pattern: str, seed: int, args: argparse.Namespace) -> di
     work, name = args.work, f"{operator}-{pattern}-{seed}"
     data = ["--data-path", work / "train", "--results-dir", work / "runs", "--resume", "auto"]
     data += ["--global-seed", seed, "--log-every", 20, *args.train_flags]
-    answer = None
-    if pattern == "learned":
+    answer, base = None, []
+    if (operator, pattern) == UNGRAFTED:
+        plan, base = REPOSITORY / "configs/mini/no_graft.yaml", ["--load-weight", BASE]
+    elif pattern == "learned":
         entry(
             "prune_by_learning.py", "--config", work / "plans" / operator / "candidate.yaml", *data,
             "--prefix", f"select-{name}", "--delta-w", "--lora",
@@ -121,7 +125,7 @@ def make(operator: str, pattern: str, seed: int, args: argparse.Namespace) -> di
     entry(
         "finetune_tinyfusion.py", "--config", plan, *data, "--prefix", f"tune-{name}",
         "--val-data-path", work / "train", work / "heldout", "--global-batch-size", args.batch,
-        "--max-steps", args.steps, "--lr", 3e-4, "--ema-decay", 0.99,
+        "--max-steps", args.steps, "--lr", 3e-4, "--ema-decay", 0.99, *base,
     )  # fmt: skip
     tuned = work / "runs" / f"tune-{name}-DiT-Mini-2"
     entry(
@@ -179,25 +183,25 @@ def run(args: argparse.Namespace) -> None:
     args.work = args.work.resolve()
     args.results.mkdir(parents=True, exist_ok=True)
     encode(args.work)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for future in [pool.submit(prepare, operator, args) for operator in args.operators]:
-            future.result()
+    grafted = [(operator, pattern) for pattern in args.patterns for operator in args.operators]
     cases = [  # the seeds of one plan apart, so that later ones find its compiled code
-        (operator, pattern, seed)
+        (*kind, seed)
         for seed in args.seeds
-        for pattern in args.patterns
-        for operator in args.operators
-        if not is_made(args.results / f"{operator}-{pattern}-{seed}.json", settings(args))
+        for kind in (UNGRAFTED, *grafted)
+        if not is_made(args.results / f"{'-'.join(kind)}-{seed}.json", settings(args))
     ]
 
     def finish(case: tuple[str, str, int]) -> str:
+        if case[:2] != UNGRAFTED:
+            prepared[case[0]].result()
         result = make(*case, args)
         write_json(args.results / f"{'-'.join(map(str, case))}.json", result)
         line = "  ".join(f"{title} {result[key]:.5f}" for key, title in METRICS.items())
         print(f"{'-'.join(map(str, case))}: {line}", flush=True)
         return line
 
-    with ThreadPoolExecutor(args.jobs) as pool:
+    with ThreadPoolExecutor(args.jobs) as pool, ThreadPoolExecutor(len(args.operators)) as first:
+        prepared = {operator: first.submit(prepare, operator, args) for operator in args.operators}
         for future in [pool.submit(finish, case) for case in cases]:
             future.result()
 
@@ -209,7 +213,7 @@ def report(args: argparse.Namespace) -> None:
     groups = defaultdict(list)
     for record in records:
         groups[record["operator"], record["pattern"]].append(record)
-    operators = sorted({operator for operator, _ in groups})
+    operators = sorted({operator for operator, _ in groups} - {UNGRAFTED[0]})
     text = "\n\n".join(operator_table(operator, groups) for operator in operators)
     for record in records[1:]:
         if record["settings"] != records[0]["settings"]:
@@ -229,8 +233,8 @@ def report(args: argparse.Namespace) -> None:
 def operator_table(operator: str, groups: dict) -> str:
     """Mean and standard deviation over the seeds of every pattern, the best first."""
     rows = []
-    for pattern in PATTERNS:
-        found = groups.get((operator, pattern), [])
+    for key in [(operator, pattern) for pattern in PATTERNS] + [UNGRAFTED]:
+        found, pattern = groups.get(key, []), key[1]
         if found:
             cells = []
             for metric, digits in zip(METRICS, (5, 5, 3), strict=True):

@@ -6,9 +6,19 @@ import torch
 
 from training.distributed import World
 
+# Left to itself Inductor lays a graph with many convolutions out channels-last, and then hands
+# FlashAttention's backward a gradient in other strides than it reads: bf16 gradients come out wrong
+# (PyTorch 2.11; of the same family as github.com/pytorch/pytorch/pull/138879).
+MODEL_OPTIONS = {"layout_optimization": False}
+
 # Left to itself Inductor folds the arange in diffusion.noise into 32-bit index arithmetic, where
 # Philox's 32-bit multipliers do not fit.
 FUNCTION_OPTIONS = {"constant_and_index_propagation": False}
+
+
+def compile_model(model: torch.nn.Module, graphs: bool = False) -> None:
+    """Compiles a model in place; with `graphs`, into CUDA graphs."""
+    model.compile(options={**MODEL_OPTIONS, "triton.cudagraphs": graphs})
 
 
 def compile_step(
@@ -23,5 +33,5 @@ def compile_step(
     if not wanted or world.device.type != "cuda":
         return functions
     if model is not None:
-        model.compile(mode="reduce-overhead" if world.size == 1 else "default")
+        compile_model(model, graphs=world.size == 1)
     return tuple(torch.compile(function, options=FUNCTION_OPTIONS) for function in functions)
