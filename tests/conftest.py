@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from entries import encode, run
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -56,3 +58,16 @@ def write_latents():
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory):
+    """A folder with 36 pictures (4 a class) and their latents, encoded by two processes."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    run("scripts/unpack_mini.py", "--out", folder / "all")
+    for kind in sorted((folder / "all" / "train").iterdir()):
+        (folder / "images" / kind.name).mkdir(parents=True)
+        for picture in sorted(kind.iterdir())[:4]:
+            shutil.copy(picture, folder / "images" / kind.name)
+    encode(folder, "latents", processes=2)
+    return folder

@@ -1,112 +1,19 @@
 """All five entries on the miniature testbed: alone and as two processes, resumed, and misused."""
 
-import contextlib
-import importlib
-import io
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-
-from training import distributed
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-MINI = REPOSITORY / "assets" / "mini"
-
-
-def refused_here(entry: str, *flags) -> str:
-    """The error output of an entry that fails, run in this process: without the time to start."""
-    module = importlib.import_module(entry.removesuffix(".py"))
-    heard, argv = io.StringIO(), sys.argv
-    sys.argv = [entry, *map(str, flags)]
-    try:
-        with (
-            contextlib.chdir(REPOSITORY),
-            contextlib.redirect_stderr(heard),
-            pytest.raises(SystemExit) as ended,
-        ):
-            distributed.run(module.main, module.parse_args())
-    finally:
-        sys.argv = argv
-    assert ended.value.code == 2
-    return heard.getvalue()
-
-
-def run(*command, processes: int = 0, fails: bool = False, here: bool = False) -> str:
-    """Runs an entry from the repository root; its output, or with `fails` its error output."""
-    if here:
-        return refused_here(*command)
-    launcher = [sys.executable]
-    if processes:
-        launcher += ["-m", "torch.distributed.run", "--standalone"]
-        launcher += [f"--nproc_per_node={processes}"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    environment["GLOO_SOCKET_IFNAME"] = "lo"
-    result = subprocess.run(
-        [*launcher, *map(str, command)],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    if fails:
-        assert result.returncode != 0, result.stdout
-        return result.stderr
-    assert result.returncode == 0, result.stderr[-4000:]
-    return result.stdout
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    """A folder with 36 pictures (4 a class) and their latents, encoded by two processes."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    run("scripts/unpack_mini.py", "--out", folder / "all")
-    for kind in sorted((folder / "all" / "train").iterdir()):
-        (folder / "images" / kind.name).mkdir(parents=True)
-        for picture in sorted(kind.iterdir())[:4]:
-            shutil.copy(picture, folder / "images" / kind.name)
-    encode = ["--vae", MINI / "vae", "--image-size", 64, "--num-classes", 9, "--no-mirror"]
-    encode += ["--num-workers", 0, "--shard-size", 16, "--data-path", folder / "images"]
-    run("extract_features.py", *encode, "--features-path", folder / "latents", processes=2)
-    run("extract_features.py", *encode, "--features-path", folder / "latents1")
-    return folder
-
-
-def select(work, name, *more, processes=0, **kw):
-    return run(
-        "prune_by_learning.py", "--config", "configs/mini/75p_swa.yaml",
-        "--data-path", work / "latents", "--results-dir", work / "runs", "--prefix", name,
-        "--delta-w", "--lora", "--global-batch-size", 4, "--log-every", 1, *more,
-        processes=processes, **kw,
-    )  # fmt: skip
-
-
-def finetune(work, name, *more, processes=0, **kw):
-    return run(
-        "finetune_tinyfusion.py", "--config", work / "runs/pair-DiT-Mini-2/selected.yaml",
-        "--data-path", work / "latents", "--results-dir", work / "runs", "--prefix", name,
-        "--global-batch-size", 4, "--log-every", 1, *more, processes=processes, **kw,
-    )  # fmt: skip
-
-
-def draw_samples(work, name, *more, processes=0, **kw):
-    return run(
-        "sample_ddp_finetuned.py", "--sample-dir", work / "samples", "--folder-name", name,
-        "--sampler", "dpm++", "--num-sampling-steps", 4, *more, processes=processes, **kw,
-    )  # fmt: skip
+from entries import MINI, REPOSITORY, draw_samples, encode, finetune, run, select
 
 
 @pytest.fixture(scope="module")
 def pair(work):
     """Selection, finetuning and sampling, each as two processes; later tests read the outputs."""
+    encode(work, "latents1")
     select(work, "pair", "--max-steps", 2, processes=2)
     held_out = ["--val-data-path", work / "latents1"]
     finetune(work, "tuned", "--max-steps", 2, *held_out, processes=2)
@@ -117,7 +24,7 @@ def pair(work):
     return common
 
 
-def test_extraction_is_the_same_from_one_and_two_processes(work):
+def test_extraction_is_the_same_from_one_and_two_processes(work, pair):
     one, two = (
         {
             path.relative_to(work / name): path.read_bytes()
@@ -240,18 +147,6 @@ def test_gates_alone_and_full_updates_train(work, pair):
     assert "dit.pos_embed" not in moved
 
 
-def test_rank_one_is_heard(work):
-    """A picture that only the second process reads is named."""
-    folder = work / "odd"
-    folder.mkdir()
-    pictures = sorted((work / "images").rglob("*.png"))[:4]
-    for i, picture in enumerate(pictures):
-        shutil.copy(picture, folder / f"{i}.png")
-    (folder / "1.png").write_bytes(b"no picture")
-    command = ["evaluate_fid.py", work / "images", folder, "--feature-net", "mini"]
-    assert "1.png" in run(*command, processes=2, fails=True)
-
-
 def test_two_processes_train_like_one(work, pair):
     finetune(work, "alone", "--max-steps", 2, "--val-data-path", work / "latents1")
     lines = [
@@ -266,51 +161,6 @@ def test_two_processes_train_like_one(work, pair):
         assert one.keys() == two.keys()
         for key in {"loss", "grad_norm", "val_loss/latents1"} & one.keys():
             assert one[key] == pytest.approx(two[key], rel=1e-4 if key == "grad_norm" else 1e-5)
-
-
-def test_two_processes_distill_like_one(work):
-    found = []
-    for name, processes in (("distill1", 0), ("distill2", 2)):
-        run(
-            "distill_operators.py", "--config", "configs/mini/75p_hyena_y.yaml", "--prefix", name,
-            "--data-path", work / "latents", "--results-dir", work / "runs", "--max-steps", 2,
-            "--num-samples", 16, "--val-samples", 1, "--global-batch-size", 4, "--log-every", 1,
-            processes=processes,
-        )  # fmt: skip
-        folder = work / "runs" / f"{name}-DiT-Mini-2"
-        assert len(list((folder / "operators").glob("*.pt"))) == 21
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        found.append(
-            [v for line in lines for k, v in sorted(line.items()) if "loss/" in k or "/block" in k]
-        )
-    assert len(found[0]) == (2 + 2 * 2) * 21  # two steps, and two validations, of one rank alone
-    np.testing.assert_allclose(found[0], found[1], rtol=1e-4)
-
-
-def test_trained_grafts_score_far_better_than_fresh_ones(work):
-    """The same 50 % graft: attention inherited and finetuned a little, and operators untrained."""
-    content = yaml.safe_load((REPOSITORY / "configs/mini/75p_swa.yaml").read_text())
-    content["operator"]["config_filepath"] = str(REPOSITORY / "configs/mini/swa.yaml")
-    content["sample_config"]["graft_indexes"] = list(range(1, 28, 2))
-    score = ["evaluate_fid.py", "--feature-net", "mini"]
-    run(*score, work / "all/train", "--save-stats", work / "train.npz")
-    scores = {}
-    for init in ("inherit", "fresh"):
-        content["sample_config"]["graft_init"] = init
-        path = work / f"{init}.yaml"
-        path.write_text(yaml.safe_dump(content))
-        weights = ["--allow-untrained"]
-        if init == "inherit":
-            finetune(work, "little", "--config", path, "--max-steps", 40, "--lr", 3e-4,
-                     "--ema-decay", 0.9, "--global-batch-size", 9, "--log-every", 10)  # fmt: skip
-            trained = work / "runs/little-DiT-Mini-2/checkpoints/0000040.pt"
-            weights = ["--graft-fusion-ckpt-path", trained]
-        draw_samples(work, init, "--config", path, "--num-sampling-steps", 8, *weights,
-                     "--num-fid-samples", 48, "--labels", "balanced")  # fmt: skip
-        run(*score, work / "train.npz", work / "samples" / init)
-        metrics = json.loads((work / "samples" / init / "metrics.json").read_text())
-        scores[init] = metrics["metrics"]["fd_mini"]
-    assert scores["fresh"] > 2 * scores["inherit"], scores
 
 
 BAD = {

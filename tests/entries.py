@@ -1,0 +1,91 @@
+"""The entries as a user starts them, on the miniature testbed and the CPU."""
+
+import contextlib
+import importlib
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from training import distributed
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MINI = REPOSITORY / "assets" / "mini"
+
+
+def refused_here(entry: str, *flags) -> str:
+    """The error output of an entry that fails, run in this process: without the time to start."""
+    module = importlib.import_module(entry.removesuffix(".py"))
+    heard, argv = io.StringIO(), sys.argv
+    sys.argv = [entry, *map(str, flags)]
+    try:
+        with (
+            contextlib.chdir(REPOSITORY),
+            contextlib.redirect_stderr(heard),
+            pytest.raises(SystemExit) as ended,
+        ):
+            distributed.run(module.main, module.parse_args())
+    finally:
+        sys.argv = argv
+    assert ended.value.code == 2
+    return heard.getvalue()
+
+
+def run(*command, processes: int = 0, fails: bool = False, here: bool = False) -> str:
+    """Runs an entry from the repository root; its output, or with `fails` its error output."""
+    if here:
+        return refused_here(*command)
+    launcher = [sys.executable]
+    if processes:
+        launcher += ["-m", "torch.distributed.run", "--standalone"]
+        launcher += [f"--nproc_per_node={processes}"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment["GLOO_SOCKET_IFNAME"] = "lo"
+    result = subprocess.run(
+        [*launcher, *map(str, command)],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if fails:
+        assert result.returncode != 0, result.stdout
+        return result.stderr
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
+def encode(work, name, processes=0):
+    return run(
+        "extract_features.py", "--vae", MINI / "vae", "--image-size", 64, "--num-classes", 9,
+        "--no-mirror", "--num-workers", 0, "--shard-size", 16, "--data-path", work / "images",
+        "--features-path", work / name, processes=processes,
+    )  # fmt: skip
+
+
+def select(work, name, *more, processes=0, **kw):
+    return run(
+        "prune_by_learning.py", "--config", "configs/mini/75p_swa.yaml",
+        "--data-path", work / "latents", "--results-dir", work / "runs", "--prefix", name,
+        "--delta-w", "--lora", "--global-batch-size", 4, "--log-every", 1, *more,
+        processes=processes, **kw,
+    )  # fmt: skip
+
+
+def finetune(work, name, *more, processes=0, **kw):
+    return run(
+        "finetune_tinyfusion.py", "--config", work / "runs/pair-DiT-Mini-2/selected.yaml",
+        "--data-path", work / "latents", "--results-dir", work / "runs", "--prefix", name,
+        "--global-batch-size", 4, "--log-every", 1, *more, processes=processes, **kw,
+    )  # fmt: skip
+
+
+def draw_samples(work, name, *more, processes=0, **kw):
+    return run(
+        "sample_ddp_finetuned.py", "--sample-dir", work / "samples", "--folder-name", name,
+        "--sampler", "dpm++", "--num-sampling-steps", 4, *more, processes=processes, **kw,
+    )  # fmt: skip
