@@ -3,6 +3,10 @@
     python scripts/benchmark.py operators                        # every operator on every path
     python scripts/benchmark.py operators --operators mha swa --tokens 1024 4096 --json swa.json
     python scripts/benchmark.py distill --config configs/75p_hyena_y.yaml --batch 64
+    python scripts/benchmark.py finetune --batch 8 32 128         # beside the published style
+    python scripts/benchmark.py selection --config configs/75p_swa.yaml --batch 8 32
+    python scripts/benchmark.py sampling --batch 32
+    python scripts/benchmark.py vae --batch 64
 
 operators: one operator of DiT-XL/2's width with its published configuration, at several lengths
 with the same number of tokens in all, on PyTorch and on every other kernel that can be used here.
@@ -11,6 +15,11 @@ the token mixers, mlp of mlp_hyena_x.
 
 distill: a step of distill_operators.py (teacher, new operators forward and backward, optimisers)
 beside the teacher's forward alone, with random weights.
+
+finetune, selection, sampling, vae: a training step, a guided reverse step, and images through the
+VAE, as the entries take them and as public code does (scripts/loops.py), both in one run, in turn,
+with random weights. Compilation is timed apart. TFLOP/s by the full count of models/costs.py, three
+forwards a training step; the peak beside it is that of a large bf16 matrix product, measured here.
 """
 
 import argparse
@@ -21,6 +30,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,10 +39,13 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from models.costs import model_cost
 from models.dit import build_dit
+from models.files import write_json
 from models.operators import OPERATORS, accelerators, build_operator
 from models.operators.accelerators import KERNELS
-from models.plan import load_plan
+from models.plan import load_plan, plan_from_flags
+from scripts import loops
 from training import arguments, distributed, precision
 from training.compilation import compile_model
 from training.distillation import Steps, Students, Teacher
@@ -157,6 +170,140 @@ def distill(args: argparse.Namespace) -> None:
         Path(args.json).write_text(json.dumps(row, indent=1) + "\n")
 
 
+def compare(args: argparse.Namespace) -> None:
+    """Times a step of this repository beside the published style; a table on stdout, --json."""
+    world = distributed.start(args.device)
+    dtype = precision.choose(args.precision, world.device)
+    precision.allow_tf32(dtype != torch.float32)
+    model = args.model or (None if args.config else "DiT-XL/2")
+    plan = plan_from_flags(args.config, model, None, None)
+    forwards = {"finetune": 3, "sampling": 2}.get(args.command)
+    peak = matmul_peak(world.device)
+    rows = []
+    for batch in args.batch:
+        torch.compiler.reset()  # a batch size of its own, not one for all
+        setting = loops.Setting(world, dtype, plan, batch, args.compile, args.kernels)
+        if args.command == "sampling":
+            makers = {"published": partial(loops.published_sampling, setting)}
+            makers["here"] = partial(loops.sampling, setting)
+        else:
+            selection = args.command == "selection"
+            makers = {"published": partial(loops.published_training, setting, selection)}
+            makers["here"] = partial(loops.training, setting, selection)
+        found = side_by_side(makers, args.steps, args.rounds, world.device)
+        for side, row in found.items():
+            row |= {"work": args.command, "batch": batch, "side": side}
+            row["images_per_sec"] = 1e3 * batch / row["ms"]
+            row["ratio"] = found["published"]["ms"] / row["ms"]
+            if forwards is not None:
+                flops = forwards * batch * model_cost(plan).work.flops
+                row["tflops"] = flops / row["ms"] / 1e9
+                row["share_of_peak"] = None if peak is None else row["tflops"] / peak
+            rows.append(row)
+            print_row(row)
+    write_rows(args, world, dtype, rows, config=args.config or model, matmul_peak=peak)
+
+
+def vae(args: argparse.Namespace) -> None:
+    """Times images through the VAE, in batches and one at a time; a table on stdout, --json."""
+    world = distributed.start(args.device)
+    dtype = precision.choose(args.precision, world.device)
+    precision.allow_tf32(dtype != torch.float32)
+    torch.manual_seed(0)
+    tiny = world.device.type == "cpu"
+    codec = loops.random_codec(world.device, dtype, tiny)
+    side = args.image_size // codec.downsample
+    rows = []
+    for batch in args.batch:
+        images = torch.rand(batch, 3, args.image_size, args.image_size, device=world.device) * 2 - 1
+        latents = torch.randn(batch, 4, side, side, device=world.device)
+        public = loops.published_coding(codec, images, latents)
+        here = loops.coding(codec, images, latents)
+        for work in ("encode", "decode"):
+            both = {"published": partial(public.get, work), "here": partial(here.get, work)}
+            found = side_by_side(both, 1, args.rounds, world.device)
+            for name, row in found.items():
+                row |= {"work": work, "batch": batch, "side": name}
+                row["images_per_sec"] = 1e3 * batch / row["ms"]
+                row["ratio"] = found["published"]["ms"] / row["ms"]
+                rows.append(row)
+                print_row(row)
+    write_rows(args, world, dtype, rows, image_size=args.image_size, tiny=tiny)
+
+
+def side_by_side(
+    makers: dict[str, Callable[[], Callable[[], None]]],
+    steps: int,
+    rounds: int,
+    device: torch.device,
+) -> dict[str, dict]:
+    """Builds each side, warms it, and times `steps` of each in turn: ms a step and what it took."""
+    found, timed_steps = {}, {}
+    for side, make in makers.items():
+        torch.manual_seed(0)
+        held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        once = make()
+        first = timed(once, device) / 1e3
+        for _ in range(WARM_ROUNDS):
+            once()
+        found[side] = {"first_step_s": first}
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            peak = torch.cuda.max_memory_allocated(device) - held
+            found[side]["peak_memory_gib"] = peak / 2**30
+
+        def several(once: Callable[[], None] = once) -> None:
+            for _ in range(steps):
+                once()
+
+        timed_steps[side] = several
+    for side, ms in in_turn(timed_steps, rounds, device).items():
+        found[side]["ms"] = ms / steps
+    return found
+
+
+def matmul_peak(device: torch.device, side: int = 8192) -> float | None:
+    """TFLOP/s of a bf16 product of two square matrices of random numbers; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    ms = in_turn({"product": lambda: a @ b}, 10, device)["product"]
+    return 2 * side**3 / ms / 1e9
+
+
+def print_row(row: dict) -> None:
+    """One line of a table."""
+    words = f"{row['work']:10} batch {row['batch']:4}  {row['side']:10} {row['ms']:9.3f} ms"
+    words += f"  {row['images_per_sec']:9.1f} images/s  {row['ratio']:6.2f}x"
+    if row.get("tflops") is not None:
+        words += f"  {row['tflops']:6.1f} TFLOP/s"
+    if row.get("share_of_peak") is not None:
+        words += f" ({row['share_of_peak']:.0%} of the peak)"
+    if "peak_memory_gib" in row:
+        words += f"  {row['peak_memory_gib']:.1f} GiB"
+    print(f"{words}  first step {row['first_step_s']:.1f} s", flush=True)
+
+
+def write_rows(
+    args: argparse.Namespace,
+    world: distributed.World,
+    dtype: torch.dtype,
+    rows: list[dict],
+    **about: object,
+) -> None:
+    """The rows and what they were measured on, to --json."""
+    if args.json is None:
+        return
+    device = str(world.device)
+    if world.device.type == "cuda":
+        device = torch.cuda.get_device_name(world.device)
+    about |= {"device": device, "precision": str(dtype).removeprefix("torch.")}
+    about |= {"torch": str(torch.__version__), "steps": getattr(args, "steps", 1)}
+    write_json(Path(args.json), about | {"rounds": args.rounds, "rows": rows})
+
+
 def published(name: str, hidden_size: int, tokens: int) -> nn.Module:
     """An operator with its published configuration but for the width and the length."""
     config = yaml.safe_load((CONFIGS / FILES[name]).read_text())
@@ -277,6 +424,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile")
     add("--kernels", choices=("auto", "torch"), default="auto", help="see the entries")
     machine(command)
+    for name, words in (
+        ("finetune", "a finetuning step, beside the published style"),
+        ("selection", "a layer-selection step, beside the published style"),
+        ("sampling", "a guided reverse step, beside the published style"),
+        ("vae", "images through the VAE, in batches and one at a time"),
+    ):
+        command = commands.add_parser(
+            name,
+            help=words,
+            usage=f"benchmark.py {name} [flags]",
+            formatter_class=parser.formatter_class,
+            allow_abbrev=False,
+        )
+        command.set_defaults(run=vae if name == "vae" else compare, command=name)
+        add = command.add_argument
+        add("--batch", type=arguments.positive, nargs="+", default=[32], help="images a step")
+        if name == "vae":
+            add("--image-size", type=arguments.positive, default=256, help="pixels")
+        else:
+            default = "configs/75p_swa.yaml" if name == "selection" else None
+            add("--config", default=default, help="graft YAML (unset: --model without grafts)")
+            add("--model", help="preset, where there is no --config (unset: DiT-XL/2)")
+            add("--steps", type=arguments.positive, default=10, help="timed together")
+            compiled = argparse.BooleanOptionalAction
+            add("--compile", action=compiled, default=True, help="torch.compile")
+            add("--kernels", choices=("auto", "torch"), default="auto", help="see the entries")
+        machine(command)
     return parser.parse_args(argv)
 
 

@@ -1,7 +1,6 @@
 """Which kernels operators run on: chosen, refused with a reason, and equal to the PyTorch paths."""
 
 import importlib
-import json
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,6 @@ from models.operators.attention import (
 from models.operators.hyena import CausalConv
 from models.operators.mamba2 import Mamba2, chunked_scan
 from models.selection import GraftPair
-from scripts import benchmark
 from training import arguments
 
 CPU = torch.device("cpu")
@@ -380,7 +378,7 @@ def test_flex_attention_compiles_whole_and_has_no_dropout(install):
         operator(x)
 
 
-# -- flags and the benchmark --------------------------------------------------------
+# -- flags ------------------------------------------------------------------------
 
 
 def test_the_flag():
@@ -388,27 +386,3 @@ def test_the_flag():
     arguments.add_machine(parser)
     assert parser.parse_args([]).kernels == "auto"
     assert parser.parse_args(["--kernels", "torch"]).kernels == "torch"
-
-
-def test_benchmark_of_distillation(tmp_path, capsys):
-    command = "distill --config configs/mini/75p_hyena_y.yaml --batch 1 --steps 1 --rounds 1"
-    out = tmp_path / "distill.json"
-    benchmark.main(benchmark.parse_args([*command.split(), "--device", "cpu", "--json", str(out)]))
-    row = json.loads(out.read_text())
-    assert row["operators"] == 21 and row["share_of_teacher"] == row["teacher_ms"] / row["step_ms"]
-    assert "images_per_sec" in capsys.readouterr().out
-
-
-def test_benchmark_of_operators(tmp_path, capsys):
-    command = "operators --device cpu --hidden-size 48 --tokens 64 16 --batch-tokens 128 --rounds 1"
-    out = tmp_path / "operators.json"
-    argv = [*command.split(), "--modes", "eager", "--json", str(out)]
-    benchmark.main(benchmark.parse_args(argv))
-    stored = json.loads(out.read_text())
-    assert stored["device"] == "cpu" and stored["hidden_size"] == 48
-    rows = {(r["operator"], r["tokens"], r["batch"], r["pass"]): r for r in stored["rows"]}
-    assert len(rows) == len(stored["rows"]) == len(benchmark.FILES) * 2 * 2
-    assert {"swa", "mamba2", "mha", "mlp_hyena_x"} <= {r["operator"] for r in stored["rows"]}
-    assert all(r["ms"] > 0 and r["path"] == "torch" for r in rows.values())
-    assert ("swa", 16, 8, "training") in rows
-    assert capsys.readouterr().out.count("\n") == 1 + len(rows)

@@ -1,0 +1,220 @@
+r"""What Stage 1 is worth, on the miniature testbed: raw results and tables.
+
+    python scripts/distillation_study.py run --work runs/distillation --jobs 14
+    python scripts/distillation_study.py report
+
+`run` distills each operator into all blocks by the ordinary entry, once a loss and seed, takes the
+50 % and 75 % grafts from that, and measures every start (fresh, inherited, distilled) as it is and
+after the same finetuning, with and without knowledge distillation. Each finished case is one small
+JSON in --results; started again, it makes the cases that are missing. `report` turns the JSONs into
+the tables of docs/distillation.md (between its two markers).
+"""
+
+import argparse
+import sys
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from models.files import read_json
+from models.plan import load_plan, read_yaml, write_plan
+from scripts import testbed
+from scripts.testbed import METRICS, REPOSITORY, entry
+from training import distributed
+
+RESULTS = REPOSITORY / "docs" / "results" / "distillation"
+# name -> slot, operator, its arguments at DiT-Mini/2's width and 64 tokens, the loss of its slot
+OPERATORS = {
+    "mha": ("mha", "mha", {}, "l1"),
+    "swa": ("mha", "swa", {"window_size": [4, 4]}, "l1"),
+    "hyena_se": ("mha", "hyena_se", {"short_filter_order": 4}, "l1"),
+    "hyena_x": ("mha", "hyena_x", {"short_filter_order": 4}, "l1"),
+    "hyena_y": ("mha", "hyena_y", {"inner_filter_len": 4}, "l1"),
+    "mamba2": ("mha", "mamba2", {"d_state": 64, "d_conv": 4, "expand": 2, "headdim": 16}, "l1"),
+    "mlp_ratio_3": ("mlp", "mlp", {"expansion_ratio": 3}, "l2"),
+    "mlp_ratio_4": ("mlp", "mlp", {"expansion_ratio": 4}, "l2"),
+    "mlp_ratio_6": ("mlp", "mlp", {"expansion_ratio": 6}, "l2"),
+    "mlp_hyena_x": ("mlp", "mlp_hyena_x", {"l_max": 64, "expansion_ratio": 2}, "l2"),
+}
+SELF_GRAFTS = ("mha", "mlp_ratio_4")
+SWAPS = tuple(name for name in OPERATORS if name not in SELF_GRAFTS)
+INHERITING = ("swa", "hyena_se", "hyena_x", "hyena_y")
+LOSSES = ("l1", "l2", "huber")
+SHARES = (50, 75)
+BLOCKS = {50: [b for b in range(28) if b % 2], 75: [b for b in range(28) if b % 4]}
+
+
+def cases(args: argparse.Namespace) -> list[tuple]:
+    """(distillation, percent, start, training, seed) of every case; the main rows have all seeds.
+
+    A distillation is <operator>-<loss>; starts are fresh, inherit and distilled; trainings are
+    none, finetune and kd.
+    """
+    found = []
+    for seed in args.seeds:
+        for name in SELF_GRAFTS if args.self_grafts else ():
+            found += [(f"{name}-{loss}", 75, "distilled", "none", seed) for loss in LOSSES]
+            found.append((f"{name}-{LOSSES[0]}", 75, "fresh", "none", seed))
+        for name in args.operators:
+            if seed != args.seeds[0] and name not in args.main:
+                continue
+            key = f"{name}-{OPERATORS[name][3]}"
+            starts = ["distilled", "fresh"] + (["inherit"] if name in INHERITING else [])
+            for percent in SHARES:
+                for training in ("finetune", "none"):
+                    found += [(key, percent, start, training, seed) for start in starts]
+                found.append((key, percent, "distilled", "kd", seed))
+    return found
+
+
+def prepare(key: str, args: argparse.Namespace) -> None:
+    """Stage 1 of one operator into all blocks, a run a seed; and the YAML of each case's plan."""
+    name, loss = key.rsplit("-", 1)
+    slot, operator, config, _ = OPERATORS[name]
+    folder = args.work / "plans" / key
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "operator.yaml").write_text(yaml.safe_dump(config))
+    content = read_yaml(REPOSITORY / "configs/mini/75p_hyena_y.yaml")
+    content["operator"] = {
+        "type": slot, "name": operator, "config_filepath": str(folder / "operator.yaml")
+    }  # fmt: skip
+    content["sample_config"] |= {"graft_indexes": list(range(28)), "graft_init": "fresh"}
+    (folder / "all.yaml").write_text(yaml.safe_dump(content))
+    several = name in args.main or name in SELF_GRAFTS
+    for seed in args.seeds if several else args.seeds[:1]:
+        flags = ["--loss-mha" if slot == "mha" else "--loss-mlp", loss]
+        distilled = testbed.distill(folder / "all.yaml", f"{key}-{seed}", seed, args, *flags)
+        for percent, blocks in BLOCKS.items():
+            path = folder / f"distilled-{percent}-{seed}.yaml"
+            write_plan(load_plan(distilled), path, {slot: blocks})
+    for percent, blocks in BLOCKS.items():
+        for start in ("fresh", "inherit") if name in INHERITING else ("fresh",):
+            content["sample_config"] |= {"graft_indexes": blocks, "graft_init": start}
+            (folder / f"{start}-{percent}.yaml").write_text(yaml.safe_dump(content))
+
+
+def make(case: tuple, gpu: int, args: argparse.Namespace) -> dict:
+    """One case; its result as plain data."""
+    key, percent, start, training, seed = case
+    name = "-".join(map(str, case))
+    suffix = f"-{seed}" if start == "distilled" else ""
+    plan = args.work / "plans" / key / f"{start}-{percent}{suffix}.yaml"
+    weights = ["--allow-untrained"]
+    if training == "none":
+        out = args.work / "losses" / f"{name}.json"
+        out.parent.mkdir(exist_ok=True)
+        stores = [str(args.work / part) for part in ("train", "heldout")]
+        entry(
+            "scripts/validation_loss.py", "--config", plan, "--data-path", *stores, "--out", out,
+            "--global-seed", seed, gpu=gpu,
+        )  # fmt: skip
+        found = read_json(out, "rerun")
+        parts = zip(("train_mse", "heldout_mse"), stores, strict=True)
+        losses = {metric: found[store]["mse"] for metric, store in parts}
+    else:
+        flags = ["--distill"] if training == "kd" else []
+        checkpoint, losses = testbed.finetune(plan, name, seed, args, *flags, gpu=gpu)
+        weights = ["--graft-fusion-ckpt-path", checkpoint]
+    return {
+        "distillation": key,
+        "percent": percent,
+        "start": start,
+        "training": training,
+        "seed": seed,
+        **losses,
+        **testbed.score(plan, name, seed, args, *weights, gpu=gpu),
+    }
+
+
+def run(args: argparse.Namespace) -> None:
+    testbed.encode(args.work)
+    wanted = cases(args)
+    names = ("steps", "distill_steps", "batch", "num_samples", "train_flags")
+    testbed.run_cases(
+        wanted,
+        lambda case, gpu: make(case, gpu, args),
+        {key: partial(prepare, key, args) for key in {case[0] for case in wanted}},
+        args,
+        {name: getattr(args, name) for name in names},
+    )
+
+
+def report(args: argparse.Namespace) -> None:
+    groups = defaultdict(list)
+    records = testbed.results(args.results)
+    for record in records:
+        keys = ("distillation", "percent", "start", "training")
+        groups[tuple(record[key] for key in keys)].append(record)
+    shared = records[0]["settings"]
+    head = (
+        f"{shared['distill_steps']} distillation steps and {shared['steps']} finetuning steps of "
+        f"{shared['batch']} images, {shared['num_samples']} samples; mean ± standard deviation."
+    )
+    text = "\n\n".join([head, self_graft_table(groups), operator_table(groups)])
+    testbed.write_tables(REPOSITORY / "docs" / "distillation.md", Path(__file__).name, text)
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def self_graft_table(groups: dict) -> str:
+    """The loss of Stage 1 against none, at 75 %, before any finetuning."""
+    rows = []
+    for name in SELF_GRAFTS:
+        for loss in LOSSES:
+            found = groups.get((f"{name}-{loss}", 75, "distilled", "none"), [])
+            rows.append((name, loss, found))
+        rows.append((name, "no Stage 1", groups.get((f"{name}-{LOSSES[0]}", 75, "fresh", "none"))))
+    lines = [
+        [name, loss, str(len(found)), *(testbed.cell(found, metric) for metric in METRICS)]
+        for name, loss, found in rows
+        if found
+    ]
+    title = "**Self-graft** of 21 blocks, no finetuning:"
+    return f"{title}\n\n{table(['operator', 'loss', 'cases', *METRICS.values()], lines)}"
+
+
+def operator_table(groups: dict) -> str:
+    """fd_mini and training MSE of every start, before and after finetuning."""
+    lines = []
+    trainings = {"none": "no finetuning", "finetune": "finetuned", "kd": "finetuned with KD"}
+    metrics = ("train_mse", "fd_mini")
+    for name in SWAPS:
+        for percent in SHARES:
+            for start in ("fresh", "inherit", "distilled"):
+                key = (f"{name}-{OPERATORS[name][3]}", percent, start)
+                found = {t: groups.get((*key, t), []) for t in trainings}
+                if any(found.values()):
+                    cells = [testbed.cell(found[t], m) for m in metrics for t in trainings]
+                    lines.append([name, f"{percent} %", start, *cells])
+    columns = [f"{METRICS[m]}, {words}" for m in metrics for words in trainings.values()]
+    title = "**Every operator**, by how it starts:"
+    return f"{title}\n\n{table(['operator', 'grafted', 'start', *columns], lines)}"
+
+
+def parse_args() -> argparse.Namespace:
+    parser, command = testbed.parser(__doc__, RESULTS, run, report)
+    add = command.add_argument
+    add("--operators", nargs="*", choices=SWAPS, default=list(SWAPS), metavar="NAME")
+    add(
+        "--main",
+        nargs="*",
+        choices=SWAPS,
+        default=["swa", "hyena_y"],
+        metavar="NAME",
+        help="operators with every seed; others have the first",
+    )
+    add("--no-self-grafts", dest="self_grafts", action="store_false", help="leave them out")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    distributed.run(args.function, args)

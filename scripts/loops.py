@@ -1,0 +1,249 @@
+"""What benchmark.py times: steps made of this repository's parts, and the style they replace.
+
+The published style stands for public DiT training and sampling code, in our own writing: eager
+modules under autocast, AdamW by PyTorch's default, an average updated parameter by parameter, the
+loss read back every step, images through the VAE one at a time. It shares our arithmetic of the
+diffusion, which uploads no coefficients; that makes it faster than what it stands for.
+
+Not a command.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import nn
+
+from diffusion import create_diffusion, noise
+from diffusion.gaussian import reverse_update
+from latents.codec import Codec
+from latents.store import LatentStore
+from models.dit import DiT
+from models.graft_plan import GraftPlan
+from models.grafting import build_grafted
+from models.operators.accelerators import accelerate
+from models.selection import GatedDiT, LayerGates, settle
+from training import distributed, precision
+from training.compilation import compile_step
+from training.distributed import World
+from training.draws import draw
+from training.ema import Ema
+from training.lora import add_lora
+from training.optimizer import StepGuard, adamw
+
+Step = Callable[[], None]
+TAU, SCALING = 1.0, 10.0
+GRAFTED = (".graft.", ".grafts.")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What both sides of a comparison share."""
+
+    world: World
+    dtype: torch.dtype
+    plan: GraftPlan
+    batch: int
+    compile: bool
+    kernels: str
+
+
+def random_dit(plan: GraftPlan, pairs: bool = False) -> DiT:
+    """A plan's model with random weights, no layer at zero: products of zeros run faster."""
+    model, _ = build_grafted(plan, weights=False, pairs=pairs)
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear) and not layer.weight.any():
+            nn.init.normal_(layer.weight, std=0.02)
+    return model
+
+
+def trainable(setting: Setting, selection: bool) -> tuple[nn.Module, LayerGates | None]:
+    """The module a training step runs: a DiT, or one with gates and LoRA as selection has it."""
+    model = random_dit(setting.plan, pairs=selection)
+    if not selection:
+        return model.to(setting.world.device).train(), None
+    blocks = setting.plan.grafted_blocks()
+    open_blocks = [[1] if block in blocks else [] for block in range(setting.plan.depth)]
+    gates = LayerGates(setting.plan.depth, variants=open_blocks)
+    settle(model, gates.settled())
+    add_lora(model, 32, 64, exclude=GRAFTED)
+    for name, parameter in model.named_parameters():
+        trained = "lora_" in name or any(text in name for text in GRAFTED)
+        parameter.requires_grad_(trained and name != "pos_embed")
+    return GatedDiT(model, gates).to(setting.world.device).train(), gates
+
+
+def published_training(setting: Setting, selection: bool) -> Step:
+    """A training step in the published style."""
+    device, B = setting.world.device, setting.batch
+    net, gates = trainable(setting, selection)
+    diffusion = create_diffusion("")
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-4)
+    average = {name: p.detach().clone() for name, p in net.named_parameters()}
+    size = setting.plan.input_size
+    options = 0 if gates is None else sum(o.shape[0] for o in gates.options)
+
+    def step() -> None:
+        x = torch.randn(B, 4, size, size, device=device)
+        t = torch.randint(diffusion.num_timesteps, (B,), device=device)
+        inputs = {"y": torch.randint(setting.plan.num_classes, (B,), device=device)}
+        if selection:
+            uniform = torch.rand(B, options, device=device)
+            inputs |= {"uniform": uniform, "tau": TAU, "scaling": SCALING}
+        with precision.autocast(device, setting.dtype):
+            loss = diffusion.training_losses(net, x, t, inputs)["loss"].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            for name, parameter in net.named_parameters():
+                average[name].mul_(0.9999).add_(parameter, alpha=1e-4)
+        loss.item()
+
+    return step
+
+
+def training(setting: Setting, selection: bool) -> Step:
+    """A training step as finetune_tinyfusion.py or prune_by_learning.py takes it."""
+    world, device, B = setting.world, setting.world.device, setting.batch
+    net, gates = trainable(setting, selection)
+    model = net.dit if selection else net
+    accelerate(model, device, setting.dtype, model.num_tokens, setting.kernels)
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 1e-4}]
+    if gates is not None:
+        groups.append({"params": [*gates.parameters()], "lr": 1e-3})
+    optimizer = adamw(groups, 0.0)
+    guard, ema = StepGuard(optimizer, 1.0), Ema(net, 0.9999)
+    store = random_store(setting.plan, B)
+    latents, draws_of, uniform = compile_step(
+        world, setting.compile, model, store.latents, draw, noise.uniform
+    )
+    wrapped = distributed.wrap(world, net)
+    diffusion = create_diffusion("")
+    moments = torch.randn(B, 2, 8, *store.shape[1:], device=device).half()
+    index = torch.arange(B, device=device)
+    labels = torch.randint(setting.plan.num_classes, (B,), device=device)
+    options = 0 if gates is None else sum(o.shape[0] for o in gates.options)
+    running = torch.zeros(2, device=device)
+    steps = 0
+
+    def step() -> None:
+        nonlocal steps
+        epoch = steps
+        x = latents(moments, index, 0, epoch)  # [B,C,H,W]
+        draws = draws_of(0, epoch, index, x.shape[1:], diffusion.num_timesteps, 0.1)
+        inputs = {"y": labels, "drop": draws.drop}
+        if selection:
+            drawn = uniform(0, noise.GATE, index, (options,), step=epoch)
+            inputs |= {"uniform": drawn, "tau": TAU, "scaling": SCALING}
+        with precision.autocast(device, setting.dtype):
+            terms = diffusion.training_losses(wrapped, x, draws.t, inputs, noise=draws.noise)
+        loss = terms["loss"].mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        guard.step()
+        ema.update()
+        running.add_(torch.stack([loss.detach(), torch.ones_like(loss)]))
+        steps += 1
+
+    return step
+
+
+def random_store(plan: GraftPlan, count: int) -> LatentStore:
+    """A latent store of `count` images without files behind it, for its `latents`."""
+    manifest = {
+        "kind": "moments",
+        "shape": [4, plan.input_size, plan.input_size],
+        "scale": 0.18215,
+        "mirrors": 2,
+        "class_names": [],
+    }
+    rows = SimpleNamespace(labels=np.zeros(count, np.int64))
+    return LatentStore(plan.path, manifest, rows, plan.num_classes)
+
+
+def published_sampling(setting: Setting) -> Step:
+    """One guided reverse step of DDPM in the published style."""
+    return _sampling(setting, random_dit(setting.plan), torch.randn_like, cfg_scale=1.5)
+
+
+def sampling(setting: Setting) -> Step:
+    """One guided reverse step of DDPM as sample_ddp_finetuned.py takes it."""
+    model = random_dit(setting.plan).to(setting.world.device).eval()
+    accelerate(model, setting.world.device, setting.dtype, model.num_tokens, setting.kernels)
+    (normal,) = compile_step(setting.world, setting.compile, model, noise.normal)
+    index = torch.arange(setting.batch, device=setting.world.device)
+    step = 0
+
+    def step_noise(x: torch.Tensor) -> torch.Tensor:
+        nonlocal step
+        step += 1
+        return normal(0, noise.STEP, index, tuple(x.shape[1:]), step=step)
+
+    return _sampling(setting, model, step_noise, cfg_scale=1.5)
+
+
+def _sampling(
+    setting: Setting,
+    model: DiT,
+    step_noise: Callable[[torch.Tensor], torch.Tensor],
+    cfg_scale: float,
+) -> Step:
+    device, B = setting.world.device, setting.batch
+    model = model.to(device).eval()
+    diffusion = create_diffusion("250")
+    rows, timesteps = diffusion.ancestral_rows(device), diffusion.timesteps(device)
+    size = setting.plan.input_size
+    state = {"x": torch.randn(B, 4, size, size, device=device), "i": 0}
+    labels = torch.randint(setting.plan.num_classes, (B,), device=device)
+    both = torch.cat([labels, torch.full_like(labels, setting.plan.num_classes)])
+
+    @torch.no_grad()
+    def step() -> None:
+        i = diffusion.num_timesteps - 1 - state["i"] % diffusion.num_timesteps
+        x = state["x"]
+        t = timesteps[i].expand(2 * B)
+        with precision.autocast(device, setting.dtype):
+            out = model.forward_with_cfg(torch.cat([x, x]), t, both, cfg_scale)[:B].float()
+        state["x"] = reverse_update(x, out, rows[i], step_noise(x)).clamp(-5, 5)
+        state["i"] += 1
+
+    return step
+
+
+def random_codec(device: torch.device, dtype: torch.dtype, tiny: bool) -> Codec:
+    """The VAE of Stable Diffusion with random weights; `tiny`: a small one, for the CPU."""
+    from diffusers import AutoencoderKL
+
+    widths = (32, 32) if tiny else (128, 256, 512, 512)
+    vae = AutoencoderKL(
+        block_out_channels=widths,
+        layers_per_block=1 if tiny else 2,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        latent_channels=4,
+    )
+    vae = vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return Codec(vae, 0.18215, 2 ** (len(widths) - 1), 4, "random", "", device, dtype)
+
+
+def published_coding(codec: Codec, images: torch.Tensor, latents: torch.Tensor) -> dict[str, Step]:
+    """Encoding and decoding one image at a time, in float32."""
+    single = replace(codec, dtype=torch.float32)
+
+    def encode() -> None:
+        for image in images:
+            single.encode(image[None])
+
+    def decode() -> None:
+        for one in latents:
+            single.decode(one[None])
+
+    return {"encode": encode, "decode": decode}
+
+
+def coding(codec: Codec, images: torch.Tensor, latents: torch.Tensor) -> dict[str, Step]:
+    """Encoding as in extract_features.py and decoding as in sample_ddp_finetuned.py."""
+    return {"encode": lambda: codec.encode(images), "decode": lambda: codec.decode(latents)}

@@ -1,0 +1,223 @@
+"""Studies on the miniature testbed: many short runs of the entries, each case one small JSON.
+
+Not a command: scripts/*_study.py build on it. A case that has its JSON is not made again, so a
+study that was stopped goes on where it was; cases run side by side, dealt out over the GPUs.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from models.files import read_json, write_json, write_whole
+from models.provenance import environment
+from training import arguments
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+BASE = "assets/mini/dit_mini.safetensors"
+METRICS = {"train_mse": "training MSE", "heldout_mse": "held-out MSE", "fd_mini": "fd_mini"}
+DIGITS = {"train_mse": 5, "heldout_mse": 5, "fd_mini": 3}
+
+
+def entry(*command, threads: int = 1, gpu: int = 0) -> None:
+    """Runs an entry of this repository; ValueError with the end of its output where it fails.
+
+    gpu: any number; taken modulo the number of GPUs of the machine.
+    """
+    words = [sys.executable, *map(str, command)]
+    limits = {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
+    if torch.cuda.device_count() > 1:
+        limits["CUDA_VISIBLE_DEVICES"] = str(gpu % torch.cuda.device_count())
+    result = subprocess.run(
+        words, cwd=REPOSITORY, env={**os.environ, **limits}, capture_output=True, text=True
+    )
+    if result.returncode:
+        raise ValueError(f"{' '.join(words[1:])}\n{(result.stdout + result.stderr)[-3000:]}")
+
+
+def encode(work: Path) -> None:
+    """Pictures, latents of both parts, and statistics of the training pictures; once."""
+    if (work / "reference.npz").is_file():
+        return
+    entry("scripts/unpack_mini.py", "--out", work / "images")
+    for part in ("train", "heldout"):
+        entry(
+            "extract_features.py", "--vae", "assets/mini/vae", "--image-size", 64,
+            "--num-classes", 9, "--no-mirror", "--data-path", work / "images" / part,
+            "--features-path", work / part,
+        )  # fmt: skip
+    score = ["evaluate_fid.py", work / "images/train", "--feature-net", "mini"]
+    entry(*score, "--save-stats", work / "reference.npz")
+
+
+def data_flags(args: argparse.Namespace, seed: int) -> list:
+    """Flags that every training run of a study has."""
+    flags = ["--data-path", args.work / "train", "--results-dir", args.work / "runs"]
+    flags += ["--resume", "auto", "--global-batch-size", args.batch]
+    return [*flags, "--global-seed", seed, "--log-every", 20, *args.train_flags]
+
+
+def distill(
+    plan: Path, name: str, seed: int, args: argparse.Namespace, *more, gpu: int = 0
+) -> Path:
+    """Stage 1 of a plan; the YAML with its operators."""
+    entry(
+        "distill_operators.py", "--config", plan, *data_flags(args, seed),
+        "--prefix", f"distill-{name}", "--num-samples", 1600, "--val-samples", 104,
+        "--max-steps", args.distill_steps, "--lr", 1e-3, "--lr-schedule", "cosine", *more,
+        threads=4, gpu=gpu,
+    )  # fmt: skip
+    return args.work / "runs" / f"distill-{name}-DiT-Mini-2" / "distilled.yaml"
+
+
+def finetune(
+    plan: Path, name: str, seed: int, args: argparse.Namespace, *more, gpu: int = 0
+) -> tuple[Path, dict]:
+    """Finetunes a plan for `args.steps`; its last checkpoint, and the last value of each metric."""
+    entry(
+        "finetune_tinyfusion.py", "--config", plan, *data_flags(args, seed),
+        "--prefix", f"tune-{name}", "--val-data-path", args.work / "train", args.work / "heldout",
+        "--max-steps", args.steps, "--lr", 3e-4, "--ema-decay", 0.99, *more, gpu=gpu,
+    )  # fmt: skip
+    folder = args.work / "runs" / f"tune-{name}-DiT-Mini-2"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = {key: value for line in lines for key, value in line.items()}
+    losses = {f"{part}_mse": found[f"val_mse/{part}"] for part in ("train", "heldout")}
+    return folder / "checkpoints" / f"{args.steps:07d}.pt", losses
+
+
+def score(
+    plan: Path, name: str, seed: int, args: argparse.Namespace, *weights, gpu: int = 0
+) -> dict:
+    """Draws `args.num_samples` pictures and measures them against the training pictures."""
+    entry(
+        "sample_ddp_finetuned.py", "--config", plan, "--sample-dir", args.work / "samples",
+        "--folder-name", name, "--num-fid-samples", args.num_samples, "--labels", "balanced",
+        "--sampler", "dpm++", "--num-sampling-steps", 20, "--cfg-scale", 1.5,
+        "--per-proc-batch-size", min(256, args.num_samples), "--global-seed", seed,
+        "--no-compile", *weights, gpu=gpu,
+    )  # fmt: skip
+    folder = args.work / "samples" / name
+    command = ["evaluate_fid.py", args.work / "reference.npz", folder, "--feature-net", "mini"]
+    entry(*command, gpu=gpu)
+    return {"fd_mini": read_json(folder / "metrics.json", "rerun")["metrics"]["fd_mini"]}
+
+
+def is_made(path: Path, settings: dict) -> bool:
+    """Whether a case has its result; ValueError where that is of another study."""
+    if not path.is_file():
+        return False
+    found = read_json(path, "delete it")["settings"]
+    for name, value in settings.items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"{path}: was made with {name} {found.get(name)}, this study has {value}: give "
+                "another --results, or delete it"
+            )
+    return True
+
+
+def run_cases(
+    cases: Iterable[tuple],
+    make: Callable[[tuple, int], dict],
+    prepare: dict[str, Callable[[], None]],
+    args: argparse.Namespace,
+    settings: dict,
+) -> None:
+    """Makes the cases without a result, `args.jobs` at a time, and writes each as it ends.
+
+    Args:
+        cases: tuples of words and numbers, the names of their results; the first says what must be
+            prepared for it.
+        make: gives a case's result; its second argument is a number for `entry`'s gpu.
+        prepare: what to do before the first case of a kind, all side by side.
+        settings: what every result of the study shares; written into each.
+    """
+    args.results.mkdir(parents=True, exist_ok=True)
+    names = {"-".join(map(str, case)): case for case in cases}
+    missing = [n for n in names if not is_made(args.results / f"{n}.json", settings)]
+    needed = {names[name][0] for name in missing} & prepare.keys()
+
+    def finish(name: str, gpu: int, prepared: dict[str, Future]) -> None:
+        case = names[name]
+        if case[0] in prepared:
+            prepared[case[0]].result()
+        result = make(case, gpu) | {"settings": settings, **environment()}
+        write_json(args.results / f"{name}.json", result)
+        shown = (f"{title} {result[key]:.5f}" for key, title in METRICS.items() if key in result)
+        print(f"{name}: {'  '.join(shown)}", flush=True)
+
+    with ThreadPoolExecutor(args.jobs) as pool, ThreadPoolExecutor(max(1, len(needed))) as first:
+        prepared = {kind: first.submit(prepare[kind]) for kind in sorted(needed)}
+        running = [pool.submit(finish, n, gpu, prepared) for gpu, n in enumerate(missing)]
+        for future in running:
+            future.result()
+
+
+def results(folder: Path) -> list[dict]:
+    """Every result of a study, in the order of their names; ValueError where settings differ."""
+    records = [read_json(path, "delete it") for path in sorted(folder.glob("*.json"))]
+    if not records:
+        raise ValueError(f"{folder} holds no results: make them with `run`")
+    for record in records[1:]:
+        if record["settings"] != records[0]["settings"]:
+            raise ValueError(f"{folder}: holds results of studies with different settings")
+    return records
+
+
+def cell(records: list[dict], metric: str) -> str:
+    """Mean and, from two seeds on, standard deviation of a metric, for a table."""
+    values = [record[metric] for record in records if record.get(metric) is not None]
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):.{DIGITS[metric]}f}"
+    return f"{mean} ± {statistics.stdev(values):.{DIGITS[metric]}f}" if len(values) > 1 else mean
+
+
+def write_tables(page: Path, script: str, text: str) -> None:
+    """Puts `text` between the two marker lines of a documentation page."""
+    markers = (f"<!-- results: written by scripts/{script} -->", "<!-- end of results -->")
+    if not page.is_file():
+        raise FileNotFoundError(f"{page}: no such page; it needs the lines {' and '.join(markers)}")
+    before, found, rest = page.read_text(encoding="utf-8").partition(markers[0])
+    _, closed, after = rest.partition(markers[1])
+    if not (found and closed):
+        raise ValueError(f"{page}: needs the lines {markers[0]} and {markers[1]}")
+    content = f"{before}{markers[0]}\n\n{text}\n\n{markers[1]}{after}"
+    write_whole(page, lambda partial: partial.write_text(content, encoding="utf-8"))
+
+
+def parser(doc: str, default_results: Path, run: Callable, report: Callable):
+    """A parser with the commands `run` and `report`, and the parser of `run` for more flags."""
+    parser = arguments.parser(doc)
+    commands = parser.add_subparsers(dest="command", required=True)
+    made = {}
+    for name, function in (("run", run), ("report", report)):
+        made[name] = command = commands.add_parser(name, allow_abbrev=False)
+        command.set_defaults(function=function)
+        command.add_argument(
+            "--results", type=Path, default=default_results, help="folder of the JSONs, one a case"
+        )
+    add = made["run"].add_argument
+    add("--work", type=lambda p: Path(p).resolve(), required=True, help="run folders go here")
+    add("--seeds", type=arguments.seed, nargs="+", default=[0, 1, 2])
+    add("--steps", type=arguments.positive, default=600, help="of finetuning")
+    add("--distill-steps", type=arguments.positive, default=1500, help="of Stage 1")
+    add("--batch", type=arguments.positive, default=64, help="images a step")
+    add("--num-samples", type=arguments.positive, default=1024, help="images to score")
+    add("--jobs", type=arguments.positive, default=1, help="cases at the same time")
+    add(
+        "--train-flags",
+        type=shlex.split,
+        default=[],
+        help="one string: --train-flags=--no-compile",
+    )
+    return parser, made["run"]
