@@ -313,7 +313,9 @@ def model_cost(plan: GraftPlan) -> ModelCost:
     work = Work()
     for module in model.modules():
         if id(module) not in inside and isinstance(module, (nn.Linear, nn.Conv2d)):
-            on_tokens = module in (model.x_embedder.proj, model.final_layer.linear)
+            on_tokens = module in (
+                model.x_embedder.proj, model.final_layer.linear, *model.merges.values()
+            )  # fmt: skip
             work += _affine(module) * (tokens if on_tokens else 1)
     for slot in ("mha", "mlp"):
         kept = plan.depth - len(plan.grafted_blocks(slot))
@@ -326,9 +328,8 @@ def model_cost(plan: GraftPlan) -> ModelCost:
 
 
 def plain(plan: GraftPlan) -> GraftPlan:
-    """The plan without its grafts and files."""
-    none = {"base_ckpt_path": None, "grafted_ckpt_path": None, "graft_weights": {}}
-    return replace(plan, grafts=(), **none)
+    """The plan without its grafts, pairs and files."""
+    return replace(plan.plain(), base_ckpt_path=None)
 
 
 def meta_model(plan: GraftPlan) -> DiT:

@@ -1,8 +1,8 @@
 """The class-conditional diffusion transformer DiT (arXiv 2212.09748) and its presets.
 
 Tensor names and shapes are those of the published checkpoints. The two slots of a block, `attn` and
-`mlp`, take any operator [B,T,D] -> [B,T,D], or a GraftPair or
-GraftChoice of several.
+`mlp`, take any operator [B,T,D] -> [B,T,D], or a GraftPair or GraftChoice of several. Neighbouring
+blocks may run as parallel pairs (models/restructure.py).
 """
 
 import math
@@ -12,7 +12,8 @@ import torch
 from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import nn
 
-from models.selection import GraftChoice, GraftPair
+from models.restructure import pair_change
+from models.selection import run_slot
 
 TIMESTEP_FEATURES = 256
 MAX_PERIOD = 10_000
@@ -154,13 +155,9 @@ class DiTBlock(nn.Module):
         parts = self.adaLN_modulation(c).chunk(6, dim=1)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = parts
         h = modulate(self.norm1(x), shift_attn, scale_attn)
-        x = x + gate_attn.unsqueeze(1) * _run_slot(self.attn, h, keep)
+        x = x + gate_attn.unsqueeze(1) * run_slot(self.attn, h, keep)
         h = modulate(self.norm2(x), shift_mlp, scale_mlp)
-        return x + gate_mlp.unsqueeze(1) * _run_slot(self.mlp, h, keep)
-
-
-def _run_slot(slot: nn.Module, h: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
-    return slot(h, keep) if isinstance(slot, (GraftPair, GraftChoice)) else slot(h)
+        return x + gate_mlp.unsqueeze(1) * run_slot(self.mlp, h, keep)
 
 
 class FinalLayer(nn.Module):
@@ -227,6 +224,7 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(
             DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)
         )
+        self.merges = nn.ModuleDict()  # of parallel pairs, by their first block
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.reset_parameters()
 
@@ -281,20 +279,41 @@ class DiT(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`forward` up to the last block -> tokens [B,T,D] and condition [B,D].
 
-        hidden: a list that takes the tokens after every block.
+        hidden: a list that takes the tokens after every layer, see `layers`.
         """
         self._check_shapes(x, t, y, keep, drop)
-        x = self.x_embedder(x) + self.pos_embed  # B T D
-        c = self.t_embedder(t) + self.y_embedder(y, drop)  # B D
+        x, c = self.embed(x, t, y, drop)
         if keep is None:
             shares = [None] * len(self.blocks)
         else:
             shares = keep.unbind(-1 if keep.ndim < 3 else 1)  # 0-d, [B], or [B, 1 + variants]
-        for block, share in zip(self.blocks, shares, strict=True):
-            x = block(x, c, share)
+        for layer in self.layers:
+            held = [self.blocks[i] for i in layer]
+            if len(layer) == 1:
+                x = held[0](x, c, shares[layer[0]])
+            else:
+                merge = self.merges[str(layer[0])]
+                x = x + pair_change(x, c, *held, merge, [shares[i] for i in layer])
             if hidden is not None:
                 hidden.append(x)
         return x, c
+
+    def embed(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, drop: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What enters the first block: tokens [B,T,D] and condition [B,D]."""
+        x = self.x_embedder(x) + self.pos_embed  # B T D
+        return x, self.t_embedder(t) + self.y_embedder(y, drop)  # B D
+
+    @property
+    def layers(self) -> list[tuple[int, ...]]:
+        """The blocks in the order in which they run, those of a parallel pair together."""
+        seconds = {int(first) + 1 for first in self.merges}
+        return [
+            (i, i + 1) if i + 1 in seconds else (i,)
+            for i in range(len(self.blocks))
+            if i not in seconds
+        ]
 
     def forward_with_cfg(
         self,

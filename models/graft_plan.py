@@ -2,10 +2,12 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from models.dit import PRESETS, latent_size
+
+PAIR = "pair"  # takes the slot's place where `graft_weights` names the file of a parallel pair
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,12 @@ class GraftPlan:
         grafts: operators and their blocks; empty for a plain DiT.
         base_ckpt_path: the pretrained DiT; None to train one from scratch.
         grafted_ckpt_path: a grafted model that this plan starts from, or None.
-        graft_weights: (block, slot) -> file of a distilled operator.
+        graft_weights: (block, slot) -> file of a distilled operator; (block, "pair") -> file of the
+            distilled parallel pair that begins there, both blocks with all they hold.
         graft_init: "fresh" or "inherit", for grafts that no file provides; None is "fresh" without
             a grafted checkpoint, and with one an error, as the plan may be meant for another.
         vae: "ema", "mse" or a folder, for sampling.
+        parallel_pairs: neighbouring blocks that run side by side, see `models.restructure`.
     """
 
     path: Path
@@ -54,10 +58,25 @@ class GraftPlan:
     graft_weights: Mapping[tuple[int, str], Path] = field(default_factory=dict)
     graft_init: str | None = None
     vae: str = "ema"
+    parallel_pairs: tuple[tuple[int, int], ...] = ()
 
     @property
     def depth(self) -> int:
+        """Blocks, those of parallel pairs among them."""
         return PRESETS[self.model_name]["depth"]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the model is the pretrained DiT as it is."""
+        return not self.grafts and not self.parallel_pairs
+
+    def plain(self) -> "GraftPlan":
+        """The plan of the pretrained DiT alone."""
+        return replace(self, grafts=(), grafted_ckpt_path=None, graft_weights={}, parallel_pairs=())
+
+    def pair_of(self, block: int) -> tuple[int, int] | None:
+        """The parallel pair that a block stands in."""
+        return next((pair for pair in self.parallel_pairs if block in pair), None)
 
     @property
     def input_size(self) -> int:
@@ -90,12 +109,15 @@ class GraftPlan:
             else:
                 grafts.append({**kind, "blocks": list(g.blocks)})
         grafts.sort(key=lambda g: (g["slot"], g["blocks"][0], g["operator"]))
-        return {
+        found = {
             "model_name": self.model_name,
             "image_size": self.image_size,
             "num_classes": self.num_classes,
             "grafts": grafts,
         }
+        if self.parallel_pairs:  # left out elsewhere, so that older checkpoints compare
+            found["parallel_pairs"] = [list(pair) for pair in self.parallel_pairs]
+        return found
 
     def describe(self) -> str:
         """One line for logs."""
@@ -103,6 +125,9 @@ class GraftPlan:
             f"{g.operator} in {g.slot} of {len(g.blocks)} block{'s' * (len(g.blocks) > 1)}"
             for g in self.grafts
         ]
+        if self.parallel_pairs:
+            number = len(self.parallel_pairs)
+            parts.append(f"{number} parallel pair{'s' * (number > 1)}")
         return f"{self.model_name} at {self.image_size} px, " + ("; ".join(parts) or "no grafts")
 
 
@@ -124,6 +149,9 @@ def differences(ours: dict, theirs: dict) -> str:
             for text in config_differences(mine[block], other[block]):
                 changed.setdefault(text, []).append(block)
         said += [f"{kind} {text} in blocks {blocks}" for text, blocks in changed.items()]
+    mine, other = (side.get("parallel_pairs", []) for side in (ours, theirs))
+    if mine != other:
+        said.append(f"parallel pairs {other or 'none'} there, {mine or 'none'} here")
     return "; ".join(said)
 
 

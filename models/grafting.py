@@ -6,6 +6,9 @@ replaced operator where the plan says `graft_init: inherit`, and fresh initialis
 a file holds and the model has no place for is dropped by name with its reason, or is an error;
 nothing is loaded by halves.
 
+The file of a parallel pair (`graft_weights`, "pair") holds both of its blocks, operators and all,
+and its merge, and comes before every other source; a merge that no file holds starts as the sum.
+
 A self-graft has the tensors of the operator it replaces. Which of the two a file holds is known
 from the plan inside it; of a file without one, a slot is read as the graft where the plan
 self-grafts it and as the original elsewhere, with a note.
@@ -19,6 +22,7 @@ import torch
 from models.dit import DiT, build_dit
 from models.operators import build_operator
 from models.plan import Graft, GraftPlan, differences, load_plan, with_base
+from models.restructure import parallelize
 from models.selection import GraftChoice, GraftPair
 from models.tensor_sources import LoadReport, TensorSources
 from models.weight_files import check_finite, check_slots, check_whole, refuse_selection
@@ -39,7 +43,7 @@ __all__ = [
 
 
 def graft(model: DiT, plan: GraftPlan, pairs: bool = False) -> DiT:
-    """Puts the plan's operators into `model`, in place.
+    """Puts the plan's operators into `model` and makes its pairs parallel, in place.
 
     Args:
         model: an ungrafted DiT of the plan's preset.
@@ -52,7 +56,7 @@ def graft(model: DiT, plan: GraftPlan, pairs: bool = False) -> DiT:
             if pairs:
                 operator = GraftPair(getattr(model.blocks[block], slot), operator)
             setattr(model.blocks[block], slot, operator)
-    return model
+    return parallelize(model, plan.parallel_pairs)
 
 
 def build_grafted(
@@ -78,6 +82,8 @@ def build_grafted(
     if not weights:
         return model, LoadReport(dict.fromkeys(own, "fresh"))
     sources = TensorSources(plan, own, pairs)
+    for pair in plan.parallel_pairs:
+        sources.fill_pair(pair)
     sources.fill_outside_slots()
     for block in range(plan.depth):
         for slot in SLOTS:
@@ -102,7 +108,7 @@ def variants_of(plans: Sequence[GraftPlan]) -> list[list[int]]:
     for plan in plans:
         if not plan.grafts:
             raise ValueError(f"{plan.path}: has no grafts; selection chooses between them")
-        for key in ("model_name", "image_size", "num_classes"):
+        for key in ("model_name", "image_size", "num_classes", "parallel_pairs"):
             first, value = getattr(plans[0], key), getattr(plan, key)
             if value != first:
                 raise ValueError(

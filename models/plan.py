@@ -4,7 +4,7 @@ The YAML names the pretrained DiT, which of its blocks take another operator in 
 where the weights lie. The schema is the predecessor's and the grafting paper's
 (arXiv 2506.05340), whose files load unchanged; README "Graft YAML" describes the keys.
 `graft_weights` maps a block to the file of its distilled operator, or to {mha: file, mlp: file}
-where both slots of the block are grafted.
+where both slots of the block are grafted; the first block of a parallel pair to {pair: file}.
 """
 
 import os
@@ -17,8 +17,9 @@ import yaml
 from models.config_files import check_keys, find_file, flag_path, places, read_yaml
 from models.dit import PRESETS, latent_size
 from models.files import write_whole
-from models.graft_plan import Graft, GraftPlan, differences
+from models.graft_plan import PAIR, Graft, GraftPlan, differences
 from models.operators import OPERATORS, complete_config
+from models.restructure import all_pairs, check_pairs
 
 __all__ = [
     "Graft",
@@ -35,6 +36,7 @@ __all__ = [
 
 SLOT_NAMES = ("mha", "mlp")
 INITS = ("fresh", "inherit")
+RESTRUCTURES = ("parallel_pairs",)
 VAE_NAMES = ("ema", "mse")  # any other `vae` is a path
 
 # Every key a graft YAML may hold, with the types it may have. The first group is the predecessor's
@@ -55,7 +57,12 @@ SAMPLE_KEYS = {
     "vae": str,
     "graft_init": (str, type(None)),
 }
-TOP_KEYS = {"operator": dict, "grafts": list, "sample_config": dict}
+TOP_KEYS = {
+    "operator": dict,
+    "grafts": list,
+    "sample_config": dict,
+    "restructure": (str, dict, type(None)),
+}
 
 
 # -- reading -------------------------------------------------------------------
@@ -101,6 +108,7 @@ def load_plan(path: str | Path) -> GraftPlan:
         "num_tokens": (size // preset["patch_size"]) ** 2,
     }
     grafts = _read_grafts(path, content, sample, sizes, preset["depth"])
+    pairs = _read_pairs(path, content.get("restructure"), preset["depth"])
     return GraftPlan(
         path=path,
         model_name=name,
@@ -110,9 +118,10 @@ def load_plan(path: str | Path) -> GraftPlan:
         grafts=grafts,
         base_ckpt_path=_base_path(sample),
         grafted_ckpt_path=_optional_path(sample.get("grafted_dit_ckpt_path")),
-        graft_weights=_read_graft_weights(path, sample, grafts),
+        graft_weights=_read_graft_weights(path, sample, grafts, pairs),
         graft_init=sample.get("graft_init"),
         vae=sample.get("vae", "ema"),
+        parallel_pairs=pairs,
     )
 
 
@@ -197,35 +206,65 @@ def _graft(path: Path, where: str, entry: dict, blocks: tuple[int, ...], sizes: 
     return Graft(slot, operator, config, blocks)
 
 
+def _read_pairs(path: Path, given: str | dict | None, depth: int) -> tuple[tuple[int, int], ...]:
+    """`parallel_pairs` for all pairs of blocks, {parallel_pairs: [[4, 5], ...]} for some."""
+    if given is None:
+        return ()
+    names = [given] if isinstance(given, str) else list(given)
+    if names != list(RESTRUCTURES):
+        raise ValueError(
+            f"{path}: restructure: {given!r}; legal is parallel_pairs, or {{parallel_pairs: list}} "
+            "with a list of pairs of neighbouring blocks"
+        )
+    try:
+        if isinstance(given, str):
+            return all_pairs(depth)
+        pairs = given["parallel_pairs"]
+        if not isinstance(pairs, list) or not pairs:
+            raise ValueError(f"{pairs!r} must be a list of pairs, such as [[4, 5], [6, 7]]")
+        return check_pairs(pairs, depth)
+    except ValueError as error:
+        raise ValueError(f"{path}: restructure: parallel_pairs: {error}") from error
+
+
 def _read_graft_weights(
-    path: Path, sample: dict, grafts: tuple[Graft, ...]
+    path: Path, sample: dict, grafts: tuple[Graft, ...], pairs: tuple[tuple[int, int], ...]
 ) -> dict[tuple[int, str], Path]:
     given = sample.get("graft_weights") or {}
     if isinstance(given, list):
         if not all(isinstance(entry, dict) for entry in given):
             raise ValueError(f"{path}: graft_weights: {given!r} must be {{block: file}}")
-        pairs = [pair for entry in given for pair in entry.items()]
-        given = dict(pairs)
-        if len(given) < len(pairs):
+        entries = [pair for entry in given for pair in entry.items()]
+        given = dict(entries)
+        if len(given) < len(entries):
             raise ValueError(f"{path}: graft_weights: names a block twice")
     weights = {}
     for block, files in given.items():
         where = f"{path}: graft_weights: {block!r}"
         slots = [g.slot for g in grafts if type(block) is int and block in g.blocks]
+        slots += [PAIR for pair in pairs if type(block) is int and block == pair[0]]
         if not slots:
-            raise ValueError(f"{where}: takes no graft in this plan")
+            raise ValueError(f"{where}: takes no graft in this plan, and begins no parallel pair")
         if not isinstance(files, dict):
-            if len(slots) > 1:
-                raise ValueError(
-                    f"{where}: takes a graft in both slots: write {{mha: file, mlp: file}}"
-                )
+            if len(slots) > 1 or slots == [PAIR]:
+                pair = PAIR in slots
+                reason = "begins a parallel pair" if pair else "takes a graft in both slots"
+                form = ", ".join(f"{slot}: file" for slot in slots)
+                raise ValueError(f"{where}: {reason}: write {{{form}}}")
             files = {slots[0]: files}
         for slot, name in files.items():
             if slot not in slots:
-                raise ValueError(f"{where}: {slot!r}; its grafted slots: {', '.join(slots)}")
+                raise ValueError(f"{where}: {slot!r}; legal here: {', '.join(slots)}")
             if not isinstance(name, str):
                 raise ValueError(f"{where}: {name!r} must be a file name")
             weights[block, slot] = Path(name)
+    for block, slot in weights:
+        pair = next((p for p in pairs if block in p), None)
+        if slot != PAIR and pair is not None and (pair[0], PAIR) in weights:
+            raise ValueError(
+                f"{path}: graft_weights: {block}: {slot}: the file of the pair {list(pair)} holds "
+                "this operator too; drop one of the two"
+            )
     return weights
 
 
@@ -348,22 +387,32 @@ def write_plan(
     weights: dict[int, dict[str, str]] = {}
     for owner, entries in parts:
         for (block, slot), file in owner.graft_weights.items():
-            if any(g["type"] == slot and block in g["graft_indexes"] for g in entries):
+            grafted = any(g["type"] == slot and block in g["graft_indexes"] for g in entries)
+            if grafted or (slot == PAIR and owner is plan):
                 weights.setdefault(block, {})[slot] = _lead(owner, folder, file, "graft_weights")
     if "operator" in source and grafts and not beside:
         sample["graft_indexes"] = grafts[0].pop("graft_indexes")
         content = {"operator": grafts[0], "sample_config": sample}
     else:
         content = {"grafts": grafts, "sample_config": sample}
+    if plan.parallel_pairs:
+        content["restructure"] = _restructure_of(plan)
     if weights:
         # a file alone will do where the block takes one graft, as in the predecessor's schema
         sample["graft_weights"] = {
-            block: files if "grafts" in content else next(iter(files.values()))
+            block: files if "grafts" in content or PAIR in files else next(iter(files.values()))
             for block, files in weights.items()
         }
     text = "".join(f"# {line}\n" for line in header.splitlines())
     text += yaml.safe_dump(content, sort_keys=False)
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _restructure_of(plan: GraftPlan) -> str | dict:
+    """The value of `restructure` for a plan's pairs."""
+    if 2 * len(plan.parallel_pairs) == plan.depth:
+        return "parallel_pairs"
+    return {"parallel_pairs": [list(pair) for pair in plan.parallel_pairs]}
 
 
 def _lead(plan: GraftPlan, folder: Path, name: str | Path, key: str) -> str:

@@ -74,6 +74,11 @@ class GraftChoice(nn.Module):
         return y.to(original.dtype)
 
 
+def run_slot(slot: nn.Module, h: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+    """What a slot gives for its input h [B,T,D]; only an open slot reads keep."""
+    return slot(h, keep) if isinstance(slot, (GraftPair, GraftChoice)) else slot(h)
+
+
 class LayerGates(nn.Module):
     """One gate per group of neighbouring blocks; its options are the ways to keep N of M originals.
 

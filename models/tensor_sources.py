@@ -11,14 +11,18 @@ import torch
 
 from models.config_files import find_file, shown
 from models.dit import build_dit
-from models.graft_plan import Graft, GraftPlan, config_differences
+from models.graft_plan import PAIR, Graft, GraftPlan, config_differences
 from models.operators import OPERATORS
+from models.restructure import MERGES
 from models.weight_files import (
     Held,
     OpenedFile,
+    block_of,
     check_finite,
     check_tensor,
     check_whole,
+    other_pairs,
+    pairs_in,
     slot_of,
     unknown_operator,
     wanted,
@@ -26,6 +30,7 @@ from models.weight_files import (
 from models.weights import SLOTS, operator_of, read_state, tensors_at
 
 Tensors = dict[str, torch.Tensor]
+OF_PAIR = "graft_weights names a file for the parallel pair"
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,10 @@ class LoadReport:
     """Where a model's tensors came from.
 
     Attributes:
-        sources: tensor name -> "base", "checkpoint", "graft_weights", "inherited" or "fresh".
+        sources: tensor name -> "base", "checkpoint", "graft_weights", "inherited", "sum" (of a
+            merge: it adds what both blocks give) or "fresh".
         resolved: absolute path of each file that was read: "base", "checkpoint", and
-            "graft_weights[<block>].<slot>" for each distilled operator.
+            "graft_weights[<block>].<slot>" for each distilled operator or pair.
         dropped: tensors of the files that the model does not take, with the reason.
         notes: what the files leave open, and how it was settled.
     """
@@ -76,6 +82,7 @@ class TensorSources:
         self.resolved: dict[str, Path] = {}
         self.reasons: dict[tuple[int, str], str] = {}  # why the checkpoint's slot is not wanted
         self.unsure: dict[str, list[int]] = defaultdict(list)  # slot -> blocks
+        self.paired: set[int] = set()  # blocks filled from the file of their parallel pair
         self.checkpoint: OpenedFile | None = None
         if plan.grafted_ckpt_path is not None:
             key = "grafted_dit_ckpt_path"
@@ -101,6 +108,11 @@ class TensorSources:
                     f"{file}: is a grafted model (block {block} holds {held.operator!r}): put it "
                     "in grafted_dit_ckpt_path"
                 )
+        if pairs := pairs_in(file.tensors):
+            raise ValueError(
+                f"{file}: is a restructured model (blocks {list(pairs[0])} are a parallel pair): "
+                "put it in grafted_dit_ckpt_path"
+            )
         with torch.device("meta"):
             plain = build_dit(plan.model_name, plan.input_size, num_classes=plan.num_classes)
         check_whole(str(file), file.tensors, plain.state_dict(), plan)
@@ -117,7 +129,10 @@ class TensorSources:
         return file
 
     def _check_related(self, file: OpenedFile) -> None:
-        """Refuses a checkpoint all of whose grafts lie where the plan keeps the original."""
+        """Refuses a checkpoint all of whose grafts lie where the plan keeps the original, or one
+        of parallel pairs that the plan does not have."""
+        if not set(pairs_in(file.tensors)) <= set(self.plan.parallel_pairs):
+            raise other_pairs(str(file), pairs_in(file.tensors), self.plan)
         strays = []
         for block, slot in product(range(self.plan.depth), SLOTS):
             held = file.held(block, slot)
@@ -157,14 +172,45 @@ class TensorSources:
             if name.startswith(place) and name.removeprefix(place) not in tensors:
                 check_tensor(file, name, None, tensor, self.plan)
 
+    def fill_pair(self, pair: tuple[int, int]) -> None:
+        """Fills both blocks of a parallel pair and its merge, where graft_weights names a file."""
+        path = self.plan.graft_weights.get((pair[0], PAIR))
+        if path is None:
+            return
+        file = find_file(path, self.plan.path, f"graft_weights: {pair[0]}")
+        self.resolved[f"graft_weights[{pair[0]}].{PAIR}"] = file
+        where = f"{shown(file)} (graft_weights of the parallel pair {list(pair)})"
+        tensors = read_state(file)
+        for block, slot in product(pair, SLOTS):
+            self._check_operator(where, tensors_at(tensors, block, slot), block, slot)
+        for name, tensor in tensors.items():
+            self._take(where, name, tensor, self._within_graft(name), "graft_weights")
+        self.paired.update(pair)
+        for name, tensor in self.own.items():
+            at = slot_of(name)
+            original = self.pairs and at is not None and ".original." in name
+            if block_of(name) in pair and name not in self.tensors and not original:
+                check_tensor(where, name, None, tensor, self.plan)
+
+    def _within_graft(self, name: str) -> str:
+        """Where a tensor of a file stands in this model, which may hold pairs of operators."""
+        at = slot_of(name)
+        if not self.pairs or at is None or self.plan.graft_at(*at) is None:
+            return name
+        prefix = f"blocks.{at[0]}.{SLOTS[at[1]]}."
+        return f"{prefix}graft.{name.removeprefix(prefix)}"
+
     def fill_outside_slots(self) -> None:
         """Fills all that no graft can touch, from the checkpoint when there is one or the base."""
         file = self.checkpoint or self.base
+        merged = set() if self.checkpoint is None else set(pairs_in(self.checkpoint.tensors))
         for name, tensor in self.own.items():
-            if slot_of(name) is not None:
+            if slot_of(name) is not None or name in self.tensors:
                 continue
             if file is None:
                 self._take("", name, tensor, name, "fresh")
+            elif name.startswith(MERGES) and self.plan.pair_of(block_of(name)) not in merged:
+                self._take("", name, tensor, name, "sum")
             else:
                 check_tensor(str(file), name, file.tensors.get(name), tensor, self.plan)
                 self._use(file, name, name)
@@ -174,6 +220,8 @@ class TensorSources:
         place = f"blocks.{block}.{SLOTS[slot]}."
         into = place + "graft." if self.pairs else place
         entry = self.plan.graft_at(block, slot)
+        if block in self.paired and (entry is None or not self.pairs):
+            return
         held = None if self.checkpoint is None else self._held(self.checkpoint, block, slot)
         is_graft = held is not None and entry is not None and self._is_graft(held, entry, into)
         is_original = held is not None and held.original is not False and not is_graft
@@ -188,6 +236,8 @@ class TensorSources:
         if (block, slot) in self.plan.graft_weights:
             self._fill_from_file(block, entry, into)
             self.reasons[block, slot] = "graft_weights names a file for the block"
+        elif block in self.paired:
+            pass  # the graft is filled; its original follows
         elif held is None:
             self._initialise(block, entry, into, self.base)
         elif is_graft:
@@ -277,15 +327,23 @@ class TensorSources:
         file = find_file(path, self.plan.path, f"graft_weights: {block}")
         self.resolved[f"graft_weights[{block}].{entry.slot}"] = file
         tensors = read_state(file)
-        found = operator_of(tensors, entry.slot)
-        if found is None:
-            raise unknown_operator(shown(file), tensors, block, entry.slot, self.plan)
         where = f"{shown(file)} (graft_weights of block {block}, {entry.slot} slot)"
-        if found != entry.operator:
-            raise ValueError(f"{where}: holds {found!r}; {self.plan.path} wants {entry.operator!r}")
+        self._check_operator(where, tensors, block, entry.slot)
         self._check_none_missing(where, tensors, place)
         for name, tensor in tensors.items():
             self._take(where, name, tensor, place + name, "graft_weights")
+
+    def _check_operator(self, where: str, tensors: Tensors, block: int, slot: str) -> None:
+        """Raises ValueError unless these tensors are the operator that the plan has in a slot."""
+        entry = self.plan.graft_at(block, slot)
+        found = operator_of(tensors, slot)
+        if found is None:
+            raise unknown_operator(where, tensors, block, slot, self.plan)
+        if found != (slot if entry is None else entry.operator):
+            raise ValueError(
+                f"{where}: holds {found!r} in the {slot} slot of block {block}; {self.plan.path} "
+                f"wants {wanted(self.plan, block, slot)}"
+            )
 
     def _initialise(self, block: int, entry: Graft, place: str, file: OpenedFile | None) -> None:
         """No file provides this graft: inherit what fits from `file`'s original, the rest fresh."""
@@ -326,6 +384,8 @@ class TensorSources:
         dropped = []
         for name in sorted(self.checkpoint.left) if self.checkpoint is not None else ():
             reason = self.reasons.get(slot_of(name))
+            if block_of(name) in self.paired:
+                reason = OF_PAIR
             if reason is None:
                 tensor = self.checkpoint.tensors[name]
                 check_tensor(str(self.checkpoint), name, tensor, None, self.plan)
@@ -334,6 +394,8 @@ class TensorSources:
             at = slot_of(name)
             entry = None if at is None or self.pairs else self.plan.graft_at(*at)
             reason = "the checkpoint holds it" if entry is None else f"replaced by {entry.operator}"
+            if block_of(name) in self.paired:
+                reason = OF_PAIR
             dropped.append((name, reason))
         notes = [
             f"{self.checkpoint} does not say whether its {slot} in blocks {blocks} is the original "

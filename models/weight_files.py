@@ -81,6 +81,24 @@ def refuse_selection(file: str, state: Mapping) -> None:
         )
 
 
+def pairs_in(state: Mapping) -> list[tuple[int, int]]:
+    """The parallel pairs whose merges a state dict holds."""
+    firsts = {int(m[1]) for m in (re.match(r"merges\.(\d+)\.", name) for name in state) if m}
+    return [(first, first + 1) for first in sorted(firsts)]
+
+
+def other_pairs(file: str, pairs: list[tuple[int, int]], plan: GraftPlan) -> ValueError:
+    """The error of a file whose parallel pairs are not the plan's."""
+
+    def listed(pairs) -> str:
+        return f"{[list(pair) for pair in pairs]}" if pairs else "none"
+
+    return ValueError(
+        f"{file}: holds the parallel pairs {listed(pairs)}; {plan.path} has "
+        f"{listed(plan.parallel_pairs)}: name them in its restructure, or another file"
+    )
+
+
 def check_depth(file: str, state: Mapping, plan: GraftPlan) -> None:
     """Raises ValueError unless the file has as many blocks as the plan's model."""
     depth = depth_of(state)
@@ -98,8 +116,11 @@ def check_whole(file: str, state: Mapping, wanted: Mapping, plan: GraftPlan) -> 
 
 
 def check_slots(file: str, state: Mapping, plan: GraftPlan) -> None:
-    """Raises ValueError at the first block that does not hold the operators of the plan."""
+    """Raises ValueError for other parallel pairs than the plan's, or at the first block that does
+    not hold the operators of the plan."""
     check_depth(file, state, plan)
+    if pairs_in(state) != list(plan.parallel_pairs):
+        raise other_pairs(file, pairs_in(state), plan)
     for block in range(plan.depth):
         for slot in SLOTS:
             tensors, entry = tensors_at(state, block, slot), plan.graft_at(block, slot)
@@ -187,6 +208,12 @@ def _meaning(name: str, there: torch.Size, here: torch.Size) -> str:
     if name == "y_embedder.embedding_table.weight":
         return f": the file has {there[0] - 1} classes, the plan {here[0] - 1}"
     return ""
+
+
+def block_of(name: str) -> int | None:
+    """The block that a tensor's name lies in, a merge in its first block; None outside of all."""
+    found = re.match(r"(?:blocks|merges)\.(\d+)\.", name)
+    return int(found[1]) if found else None
 
 
 def slot_of(name: str) -> tuple[int, str] | None:

@@ -56,8 +56,7 @@ def main(args: argparse.Namespace) -> None:
     plan = with_base(plan, args.load_weight)
     checkpoint = args.graft_fusion_ckpt_path
     if not args.grafted and checkpoint is None:
-        none = {"grafted_ckpt_path": None, "graft_weights": {}, "graft_init": None}
-        plan = replace(plan, grafts=(), **none)
+        plan = replace(plan.plain(), graft_init=None)
     model, report = build_grafted(plan, weights=checkpoint is None)
     files = report.resolved
     if checkpoint is not None:

@@ -134,7 +134,7 @@ BAD = {
     "weights twice": ({"graft_weights": [{1: "a"}, {1: "b"}]}, "names a block twice"),
     "weights list": ({"graft_weights": ["a.pt"]}, "graft_weights: ['a.pt'] must be {block: file}"),
     "weights name": ({"graft_weights": {1: 5}}, "graft_weights: 1: 5 must be a file name"),
-    "weights slot": ({"graft_weights": {1: {"mlp": "a"}}}, "1: 'mlp'; its grafted slots: mha"),
+    "weights slot": ({"graft_weights": {1: {"mlp": "a"}}}, "1: 'mlp'; legal here: mha"),
 }
 
 

@@ -51,21 +51,24 @@ class SlidingWindowAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, T, D = x.shape
+        qkv = self.Wqkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)
+        return self.out_proj(self.attend(qkv).reshape(B, T, D))
+
+    def attend(self, qkv: torch.Tensor) -> torch.Tensor:
+        """What is between the projections: [B,T,3,heads,d] -> [B,T,heads,d]"""
         options = {
             "scale": self.softmax_scale,
             "dropout_p": self.dropout if self.training else 0.0,
         }
-        qkv = self.Wqkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)
         if self.path == "flash-attn":
-            y = flash_window_attention(qkv, self.window_size, **options)  # B T heads head_width
+            return flash_window_attention(qkv, self.window_size, **options)
+        if self.path == "flex":
+            attend = flex_window_attention
         else:
-            if self.path == "flex":
-                attend = flex_window_attention
-            else:
-                attend = dense_window_attention if T <= DENSE_TOKENS else blocked_window_attention
-            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # B heads T head_width
-            y = attend(q, k, v, self.window_size, **options).transpose(1, 2)
-        return self.out_proj(y.reshape(B, T, D))
+            dense = qkv.shape[1] <= DENSE_TOKENS
+            attend = dense_window_attention if dense else blocked_window_attention
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # B heads T d
+        return attend(q, k, v, self.window_size, **options).transpose(1, 2)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, window_size={self.window_size}"

@@ -45,16 +45,27 @@ class CausalConv(nn.Module):
 
     def forward(self, x: torch.Tensor, silu: bool = False) -> torch.Tensor:
         """`silu`: SiLU of the convolution."""
-        channels, _, taps = self.weight.shape
-        if self.path == "causal-conv1d":
-            return fused_causal_conv(x, self.weight.squeeze(1), self.bias, silu)
-        padded = F.conv1d(x, self.weight, self.bias, padding=taps - 1, groups=channels)
-        y = padded[..., : x.shape[-1]]
-        return F.silu(y) if silu else y
+        return causal_conv(x, self.weight, self.bias, self.path, silu)
 
     def extra_repr(self) -> str:
         channels, _, taps = self.weight.shape
         return f"{channels}, taps={taps}, bias={self.bias is not None}"
+
+
+def causal_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    path: str = "torch",
+    silu: bool = False,
+) -> torch.Tensor:
+    """The function of CausalConv: x [B, channels, L], weight [channels, 1, taps] -> like x."""
+    channels, _, taps = weight.shape
+    if path == "causal-conv1d":
+        return fused_causal_conv(x, weight.squeeze(1), bias, silu)
+    padded = F.conv1d(x, weight, bias, padding=taps - 1, groups=channels)
+    y = padded[..., : x.shape[-1]]
+    return F.silu(y) if silu else y
 
 
 # causal-conv1d's kernel as an operation of our own: opaque to torch.compile, and with its gradient.
