@@ -2,13 +2,14 @@ r"""Stage 1: initialises the new operators of a graft by distilling the ones tha
 
 The pretrained model runs forward once a batch; every grafted slot's input and output go to its new
 operator, and all operators take their step together, each with its own optimiser (arXiv
-2506.05340, which caches the activations and trains block by block). No activation is stored.
+2506.05340, which caches the activations and trains block by block). No activation is stored. A
+parallel pair learns in the same pass, as a whole, what its two blocks did in sequence.
 
 Inputs:  a latent store (extract_features.py), a graft YAML, the pretrained DiT.
-Outputs: <results-dir>/<prefix>-<model>/ with operators/block01.mha.<operator>.pt (the weights of
-         the lowest validation loss), distilled.yaml (the plan with `graft_weights` filled in, which
-         finetuning, selection and sampling read), distillation.json, log.txt, metrics.jsonl,
-         tensorboard/ and checkpoints/.
+Outputs: <results-dir>/<prefix>-<model>/ with operators/block01.mha.<operator>.pt, of a parallel
+         pair block00.pair.parallel.pt (the weights of the lowest validation loss), distilled.yaml
+         (the plan with `graft_weights` filled in, which finetuning, selection and sampling read),
+         distillation.json, log.txt, metrics.jsonl, tensorboard/ and checkpoints/.
 
     torchrun --nnodes=1 --nproc_per_node=8 distill_operators.py --config configs/75p_hyena_y.yaml \
         --data-path data/imagenet_encoded --num-samples 8000 --epochs 200 --global-batch-size 64
@@ -25,6 +26,7 @@ from diffusion import create_diffusion
 from latents.loader import LatentLoader, balanced_rows
 from latents.store import open_latents
 from models.files import file_sha256
+from models.graft_plan import PAIR
 from models.grafting import with_base
 from models.operators.accelerators import accelerate
 from models.plan import find_file, plan_from_flags, write_plan
@@ -50,7 +52,7 @@ from training.validation import read_rows
 # A resumed run must have these flags as it was begun with
 FIXED = ("num_samples", "val_samples", "loss_mha", "loss_mlp", "huber_delta", "gate_weighting")
 FIXED += ("lr", "lr_schedule", "lr_end_factor", "milestones", "lr_gamma", "warmup_steps")
-FIXED += ("weight_decay", "clip_grad", "class_dropout")
+FIXED += ("weight_decay", "clip_grad", "class_dropout", "loss_pair")
 PATIENCE = 20  # steps left out in a row after which an operator counts as failed
 
 
@@ -96,7 +98,7 @@ def main(args: argparse.Namespace) -> None:
     # Teacher and students
     dit, operators, report, notes = build_students(plan, args.global_seed)
     teacher = Teacher(dit, list(operators)).to(world.device)
-    kinds = {"mha": args.loss_mha, "mlp": args.loss_mlp}
+    kinds = {"mha": args.loss_mha, "mlp": args.loss_mlp, PAIR: args.loss_pair}
     students = Students(operators, kinds, args.huber_delta, args.gate_weighting)
     students.to(world.device).train()
 
@@ -271,6 +273,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("distillation").add_argument
     add("--loss-mha", choices=LOSSES, default="l1", help="of operators in the mha slot")
     add("--loss-mlp", choices=LOSSES, default="l2", help="of operators in the mlp slot")
+    add("--loss-pair", choices=LOSSES, default="l1", help="of parallel pairs")
     add("--huber-delta", type=arguments.rate, default=1.0, help="where huber turns linear")
     add(
         "--gate-weighting",

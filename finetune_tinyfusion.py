@@ -84,7 +84,8 @@ def main(args: argparse.Namespace) -> None:
     model.to(world.device).train()
     learner, teacher = model, None
     if args.distill:
-        learner, teacher = WithHidden(model), WithHidden(pretrained(plan)).to(world.device).eval()
+        learner, teacher = WithHidden(model), WithHidden(pretrained(plan), model.layers)
+        teacher.to(world.device).eval()
 
     # Run folder
     log = RunLog(folder, world, vars(args), start_step=start_step)
@@ -192,7 +193,7 @@ def main(args: argparse.Namespace) -> None:
             log.info(f"saved {path}")
     bar.close()
     last = folder / "checkpoints" / f"{total_steps:07d}.pt"
-    if world.main and plan.grafts:
+    if world.main and not plan.is_plain:
         finished = replace(
             plan, grafted_ckpt_path=last.resolve(), graft_weights={}, graft_init=None
         )

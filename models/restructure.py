@@ -117,6 +117,22 @@ def pair_change(
     return merge(change.permute(1, 2, 0, 3).flatten(2))  # B T 2D -> B T D
 
 
+class ParallelPair(nn.Module):
+    """One pair outside its model, for distillation: tokens [B,T,D], condition [B,D] -> [B,T,D].
+
+    Gives `pair_change`. Its tensors are named as in the whole model.
+    """
+
+    def __init__(self, model: nn.Module, pair: Pair):
+        super().__init__()
+        self.pair = pair
+        self.blocks = nn.ModuleDict({str(i): model.blocks[i] for i in pair})
+        self.merges = nn.ModuleDict({str(pair[0]): model.merges[str(pair[0])]})
+
+    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        return pair_change(x, c, *self.blocks.values(), self.merges[str(self.pair[0])])
+
+
 def _slots(
     first: nn.Module, second: nn.Module, h: torch.Tensor, shares: Sequence[torch.Tensor | None]
 ) -> torch.Tensor:

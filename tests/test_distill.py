@@ -128,7 +128,7 @@ def test_a_block_that_fails_is_named_and_leaves_the_others(monkeypatch, folder):
     [
         ([("mha", "swa", [1])], {}, ["--num-samples", 9], "holds 12 images, fewer than --num-samp"),
         ([("mlp", "mlp", [1])], {"graft_init": "inherit"}, [], "block 1: mlp .* nothing to learn"),
-        ([], {}, [], "has no grafts; there is nothing to distill"),
+        ([], {}, [], "no grafts and no parallel pairs; there is nothing to distill"),
         ([("mha", "swa", [1])], {"base_ckpt_path": None}, [], "has no base_ckpt_path"),
         ([("mha", "swa", [1])], {"base_ckpt_path": "THIN"}, [], r"thin.pt: .* has shape"),
     ],

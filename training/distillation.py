@@ -2,7 +2,8 @@
 
 Stage 1 of "Exploring Diffusion Transformer Designs via Grafting" (arXiv 2506.05340): the pretrained
 model runs forward once a batch, and every new operator learns to give what the old one gave for
-the same input.
+the same input. A parallel pair is distilled like an operator: as a whole, with the grafts that it
+holds, it learns to add to its input what the two blocks in sequence added.
 """
 
 import math
@@ -17,9 +18,10 @@ from torch import nn
 
 from models.dit import DiT
 from models.files import write_json, write_whole
-from models.graft_plan import GraftPlan
+from models.graft_plan import PAIR, GraftPlan
 from models.grafting import LoadReport, build_grafted
 from models.operators import build_operator
+from models.restructure import ParallelPair
 from models.weights import SLOTS
 from training import distributed, precision
 from training.distributed import World
@@ -28,11 +30,11 @@ from training.optimizer import StepGuard
 LOSSES = ("l1", "l2", "huber")
 GATE_CHUNK = {"mha": 2, "mlp": 5}  # of the six parts of a block's adaLN modulation
 
-Slot = tuple[int, str]  # (block, "mha" or "mlp")
+Slot = tuple[int, str]  # (block, "mha" or "mlp"), or of a parallel pair (its first block, PAIR)
 
 
 def name_of(slot: Slot) -> str:
-    """The slot in names of files and logs: block07.mha"""
+    """The slot in names of files and logs: block07.mha, block08.pair"""
     return f"block{slot[0]:02d}.{slot[1]}"
 
 
@@ -58,31 +60,46 @@ class Teacher(nn.Module):
     """The frozen model up to its last wanted slot: what enters and leaves each slot, in eval mode.
 
     forward(x [B,C,H,W], t [B], y [B], drop bool [B]) -> inputs, outputs and gates, each a list over
-    `slots`: [B,T,D], [B,T,D], and [B,D], the factor of the block on what the operator gives. `dit`
-    is changed in place and loses the blocks that come after.
+    `slots`: [B,T,D], [B,T,D], and [B,D], the factor of the block on what the operator gives. Of a
+    parallel pair: (tokens [B,T,D], condition [B,D]), what its two blocks in sequence add to the
+    tokens, and ones. `dit` is changed in place and loses the blocks that come after.
     """
 
     def __init__(self, dit: DiT, slots: Sequence[Slot]):
         super().__init__()
         self.slots = tuple(slots)
         self.dit = dit.eval().requires_grad_(False)
-        del dit.blocks[1 + max(block for block, _ in slots) :]
+        self.pairs = {block for block, slot in slots if slot == PAIR}  # their first blocks
+        self.tapped = sorted({block for block, slot in slots if slot != PAIR})
+        last = max([*self.tapped, *(block + 1 for block in self.pairs)])
+        del dit.blocks[1 + last :]
         for block, slot in self.slots:
-            holder, name = dit.blocks[block], SLOTS[slot]
-            setattr(holder, name, _Tap(getattr(holder, name)))
-        for block in sorted({block for block, _ in self.slots}):
+            if slot != PAIR:
+                holder, name = dit.blocks[block], SLOTS[slot]
+                setattr(holder, name, _Tap(getattr(holder, name)))
+        for block in self.tapped:
             holder = dit.blocks[block]
             holder.adaLN_modulation = _Tap(holder.adaLN_modulation)
 
     @torch.no_grad()
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, drop: torch.Tensor
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-        self.dit.run_blocks(x, t, y, drop=drop)
+    ) -> tuple[list, list[torch.Tensor], list[torch.Tensor]]:
+        x, c = self.dit.embed(x, t, y, drop)
+        tokens = {}  # what enters and leaves the pairs, by the block that it enters
+        for i, block in enumerate(self.dit.blocks):
+            if {i, i - 2} & self.pairs:
+                tokens[i] = x
+            x = block(x, c)
+        tokens[len(self.dit.blocks)] = x
         inputs, outputs, gates = [], [], []
-        blocks = {block for block, _ in self.slots}
-        modulation = {b: self.dit.blocks[b].adaLN_modulation.take()[1] for b in blocks}
+        modulation = {b: self.dit.blocks[b].adaLN_modulation.take()[1] for b in self.tapped}
         for block, slot in self.slots:
+            if slot == PAIR:
+                inputs.append((tokens[block], c))
+                outputs.append(tokens[block + 2] - tokens[block])
+                gates.append(torch.ones_like(c))
+                continue
             h, f = getattr(self.dit.blocks[block], SLOTS[slot]).take()
             inputs.append(h)
             outputs.append(f)
@@ -91,11 +108,11 @@ class Teacher(nn.Module):
 
 
 class Students(nn.Module):
-    """The new operators of a plan, each with its loss; they share nothing.
+    """The new operators and pairs of a plan, each with its loss; they share nothing.
 
-    forward(inputs, targets, gates) -> losses [S], and [2, S] the sums of (g - f)^2 and of f^2, of
-    which the root of their ratio is the relative error; in the order of `slots`. `kinds`: slot kind
-    -> one of LOSSES.
+    forward(inputs, targets, gates), as from the teacher, -> losses [S], and [2, S] the sums of
+    (g - f)^2 and of f^2, of which the root of their ratio is the relative error; in the order of
+    `slots`. `kinds`: "mha", "mlp" or PAIR -> one of LOSSES.
     weigh_by_gate: the error of a sample and channel counts by the gate with which it enters the
     model.
     """
@@ -114,7 +131,7 @@ class Students(nn.Module):
 
     def forward(
         self,
-        inputs: list[torch.Tensor],
+        inputs: list,
         targets: list[torch.Tensor],
         gates: list[torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,7 +140,8 @@ class Students(nn.Module):
             self.slots, self.operators, inputs, targets, gates, strict=True
         ):
             f = f.float()
-            error = operator(h).float() - f  # B T D
+            g = operator(*h) if slot == PAIR else operator(h)
+            error = g.float() - f  # B T D
             squares.append(torch.stack([error.detach().square().sum(), f.square().sum()]))
             if self.weigh_by_gate:
                 error = error * gate.float().unsqueeze(1)
@@ -141,18 +159,21 @@ class Students(nn.Module):
 def build_students(
     plan: GraftPlan, seed: int
 ) -> tuple[DiT, dict[Slot, nn.Module], LoadReport, list[str]]:
-    """The pretrained model of a plan, its new operators, and where both start, for the log.
+    """The pretrained model of a plan, its new operators and pairs, and where these start, for logs.
 
-    Operators start from the plan's `graft_weights` or `graft_init`; a fresh tensor is a function of
-    (seed, block, slot), whichever other operators there are. The plan's grafted checkpoint is not
-    read.
+    Operators start from the plan's `graft_weights` or `graft_init`, pairs with them and the blocks
+    of the pretrained model, their merges as the sum; a fresh tensor is a function of (seed, block,
+    slot), whichever other operators there are. A graft inside a pair is no student of its own: the
+    pair learns as a whole. The plan's grafted checkpoint is not read.
 
     Raises:
-        FileNotFoundError, ValueError: as `build_grafted`; the plan has no grafts, no pretrained
-            model, or a graft that begins as the very operator it replaces.
+        FileNotFoundError, ValueError: as `build_grafted`; the plan has neither grafts nor pairs, no
+            pretrained model, or a graft that begins as the very operator it replaces.
     """
-    if not plan.grafts:
-        raise ValueError(f"{plan.path}: has no grafts; there is nothing to distill")
+    if plan.is_plain:
+        raise ValueError(
+            f"{plan.path}: has no grafts and no parallel pairs; there is nothing to distill"
+        )
     if plan.base_ckpt_path is None:
         raise ValueError(
             f"{plan.path}: has no base_ckpt_path: name the pretrained model to learn from there or "
@@ -162,39 +183,48 @@ def build_students(
     students: dict[Slot, nn.Module] = {}
     for block in plan.grafted_blocks():
         for slot, attribute in SLOTS.items():
-            graft = plan.graft_at(block, slot)
-            if graft is None:
+            if plan.graft_at(block, slot) is None:
                 continue
-            place = f"blocks.{block}.{attribute}."
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(((seed * 1000 + block) * 2 + (slot == "mlp")) % 2**63)
-                operator = build_operator(graft.operator, **graft.config)
-            taken = {
-                name: tensor
-                for name, tensor in getattr(started.blocks[block], attribute).state_dict().items()
-                if report.sources[place + name] != "fresh"
-            }
-            inherited = [n for n in taken if report.sources[place + n] == "inherited"]
-            if len(inherited) == len(operator.state_dict()) and graft.operator == slot:
-                raise ValueError(
-                    f"{plan.path}: block {block}: {graft.operator} in the {slot} slot starts as "
-                    "the very operator that it replaces: there is nothing to learn; say "
-                    "graft_init: fresh"
-                )
-            operator.load_state_dict({**operator.state_dict(), **taken}, strict=True)
-            students[block, slot] = operator
-    del started
-    plain = replace(plan, grafts=(), grafted_ckpt_path=None, graft_weights={})
-    teacher, base = build_grafted(plain)
+            operator = _seeded(plan, (block, slot), started, report, seed)
+            if plan.pair_of(block) is None:
+                students[block, slot] = operator
+            else:
+                setattr(started.blocks[block], attribute, operator)
+    for pair in plan.parallel_pairs:
+        students[pair[0], PAIR] = ParallelPair(started, pair)
+    students = dict(sorted(students.items()))
     starts = Counter(
-        report.sources[f"blocks.{block}.{SLOTS[slot]}.{name}"]
-        for (block, slot), operator in students.items()
-        for name in operator.state_dict()
+        report.sources[name if slot == PAIR else f"blocks.{block}.{SLOTS[slot]}.{name}"]
+        for (block, slot), student in students.items()
+        for name in student.state_dict()
     )
-    notes = [f"{n} tensors of the new operators {source}" for source, n in sorted(starts.items())]
+    del started
+    teacher, base = build_grafted(plan.plain())
+    notes = [f"{n} tensors of what learns: {source}" for source, n in sorted(starts.items())]
     if plan.grafted_ckpt_path is not None:
         notes.append(f"{plan.grafted_ckpt_path} is not read: the operators start anew")
     return teacher, students, base, notes
+
+
+def _seeded(plan: GraftPlan, place: Slot, started: DiT, report: LoadReport, seed: int) -> nn.Module:
+    """The operator of a grafted slot, its fresh tensors a function of (seed, block, slot)."""
+    block, slot = place
+    graft, attribute = plan.graft_at(block, slot), SLOTS[slot]
+    held = getattr(started.blocks[block], attribute).state_dict()
+    sources = {name: report.sources[f"blocks.{block}.{attribute}.{name}"] for name in held}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(((seed * 1000 + block) * 2 + (slot == "mlp")) % 2**63)
+        operator = build_operator(graft.operator, **graft.config)
+    taken = {name: tensor for name, tensor in held.items() if sources[name] != "fresh"}
+    same = graft.operator == slot and all(s == "inherited" for s in sources.values())
+    if same and plan.pair_of(block) is None:
+        raise ValueError(
+            f"{plan.path}: block {block}: {graft.operator} in the {slot} slot starts as "
+            "the very operator that it replaces: there is nothing to learn; say "
+            "graft_init: fresh"
+        )
+    operator.load_state_dict({**operator.state_dict(), **taken}, strict=True)
+    return operator
 
 
 class Steps:
@@ -318,13 +348,14 @@ def write_operators(
     """
     files, summary = {}, {}
     for i, (block, slot) in enumerate(best.students.slots):
-        graft, name = plan.graft_at(block, slot), name_of((block, slot))
+        name = name_of((block, slot))
+        operator = "parallel" if slot == PAIR else plan.graft_at(block, slot).operator
         found = {"val_loss": best.losses[i], "val_error": best.errors[i], "step": best.steps[i]}
         found = found if best.steps[i] >= 0 else dict.fromkeys(found)
-        found |= {"operator": graft.operator, "skipped_steps": skipped[i]}
+        found |= {"operator": operator, "skipped_steps": skipped[i]}
         summary[name] = found
         if best.steps[i] >= 0:
-            path = folder / "operators" / f"{name}.{graft.operator}.pt"
+            path = folder / "operators" / f"{name}.{operator}.pt"
             weights = {n: t.cpu() for n, t in best.weights[i].items()}
             state = {"model": weights, "provenance": {**provenance, **found}}
             write_whole(path, lambda partial, state=state: torch.save(state, partial))

@@ -1,11 +1,10 @@
 """Knowledge distillation in finetuning: the grafted model also learns from the pretrained one.
 
 After the masked knowledge distillation of TinyFusion (arXiv 2412.01199), for a student of the
-teacher's depth: block i learns from block i.
+teacher's blocks: block i learns from block i, a parallel pair from the second of its blocks.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -20,38 +19,42 @@ OUTLIER = 2.0  # standard deviations from the mean beyond which a feature is not
 
 
 def pretrained(plan: GraftPlan) -> DiT:
-    """The frozen DiT that a plan grafts.
+    """The frozen DiT that a plan grafts or restructures.
 
     Raises:
         FileNotFoundError: its weights are missing.
-        ValueError: the plan has no grafts, or no pretrained model.
+        ValueError: the plan has neither grafts nor parallel pairs, or no pretrained model.
     """
-    if not plan.grafts or plan.base_ckpt_path is None:
-        lacks = "base_ckpt_path" if plan.grafts else "grafts"
+    if plan.is_plain or plan.base_ckpt_path is None:
+        lacks = "grafts" if plan.is_plain else "base_ckpt_path"
         raise ValueError(
             f"{plan.path}: --distill needs a plan with grafts and the pretrained model they come "
             f"from; it has no {lacks}"
         )
-    model, _ = build_grafted(replace(plan, grafts=(), grafted_ckpt_path=None, graft_weights={}))
+    model, _ = build_grafted(plan.plain())
     return model.requires_grad_(False)
 
 
 class WithHidden(nn.Module):
-    """A DiT that also gives the tokens after every block.
+    """A DiT that also gives the tokens after every layer of another, the student.
 
-    forward(x, t, y, drop) -> output [B,2C,H,W], list of depth times [B,T,D].
+    layers: the student's `DiT.layers`; None for its own.
+    forward(x, t, y, drop) -> output [B,2C,H,W], list of [B,T,D], one a layer.
     """
 
-    def __init__(self, dit: DiT):
+    def __init__(self, dit: DiT, layers: Sequence[tuple[int, ...]] | None = None):
         super().__init__()
         self.dit = dit
+        ends = [layer[-1] for layer in layers or dit.layers]
+        self.given = [i for i, layer in enumerate(dit.layers) if layer[-1] in ends]
 
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, drop: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         hidden: list[torch.Tensor] = []
         tokens, c = self.dit.run_blocks(x, t, y, drop=drop, hidden=hidden)
-        return self.dit.unpatchify(self.dit.final_layer(tokens, c)), hidden
+        output = self.dit.unpatchify(self.dit.final_layer(tokens, c))
+        return output, [hidden[i] for i in self.given]
 
 
 def distilled_losses(
