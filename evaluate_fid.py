@@ -1,4 +1,4 @@
-"""Scores generated images against a reference: the Frechet distance, by a named protocol.
+"""Scores generated images against a reference: FID, sFID, IS, precision, recall in one pass.
 
 Inputs:  REFERENCE, an .npz with mu and sigma (ADM's reference batch, pytorch-fid's, or one that
          --save-stats made), an image folder, or an .npz with arr_0; SAMPLES, an image folder or
@@ -12,21 +12,29 @@ Outputs: <SAMPLES>/metrics.json where SAMPLES is a folder with samples.json, els
     python evaluate_fid.py data/mini/train samples/<name> --feature-net mini
     torchrun --nnodes=1 --nproc_per_node=4 evaluate_fid.py data/imagenet/train samples/<name>
 
---feature-net inception gives `fid`, by protocol pytorch-fid or adm (see evaluation/inception.py);
---feature-net mini gives `fd_mini` of the 64x64 miniature testbed, which is no FID. The number
-falls as the number of samples grows: compare at equal N only.
+--feature-net inception gives `fid`, `sfid`, `is`, `precision` and `recall`, by protocol pytorch-fid
+or adm (see evaluation/inception.py); --feature-net mini gives `fd_mini` of the 64x64 miniature
+testbed, which is no FID, and precision and recall in its space. What REFERENCE cannot tell is null,
+with the reason. A Frechet distance falls as the number of samples grows: compare at equal N only.
 """
 
 import argparse
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from evaluation.features import Statistics, gather_stats, is_stats, load_stats, save_stats
+from evaluation.features import (
+    Statistics,
+    has_images,
+    is_stats,
+    load_stats,
+    measure,
+    save_stats,
+)
 from evaluation.inception import PROTOCOLS, InceptionFeatures
-from evaluation.metrics import frechet_distance
 from evaluation.mini_net import MiniFeatures
 from evaluation.readers import batches, conversion_note, open_images
 from evaluation.report import (
@@ -38,6 +46,7 @@ from evaluation.report import (
     samples_record,
     table,
 )
+from evaluation.scores import score
 from models.files import write_json
 from training import arguments, distributed, precision
 from training.runlog import watched
@@ -50,9 +59,6 @@ def main(args: argparse.Namespace) -> None:
     if args.samples is None and args.save_stats is None:
         raise ValueError("SAMPLES is missing (only --save-stats goes without)")
     record = None
-    if args.samples is not None:
-        check_roles(args.reference, args.samples)
-        record = samples_record(args.samples)
     notes, doubts = [], []
 
     def warn(*sentences: str) -> None:
@@ -60,6 +66,10 @@ def main(args: argparse.Namespace) -> None:
         if world.main:
             for sentence in sentences:
                 print(f"warning: {sentence}")
+
+    if args.samples is not None:
+        warn(*check_roles(args.reference, args.samples))
+        record = samples_record(args.samples)
 
     # Feature network
     if args.feature_net == "mini":
@@ -73,32 +83,36 @@ def main(args: argparse.Namespace) -> None:
     # Samples are opened first: a wrong path should not cost a pass over the reference
     samples = open_images(args.samples) if args.samples is not None else None
 
-    def statistics_of(images, role: str) -> Statistics:
-        """One pass over this process's share of the images, summed over all processes."""
+    def statistics_of(images, role: str, keep: int, logits: bool = False) -> Statistics:
+        """One pass over this process's share of the images, joined over all processes."""
         modes = Counter()
+        share = (world.rank, world.size)
         stream = batches(
-            images,
-            args.batch_size,
-            share=(world.rank, world.size),
-            num_workers=args.num_workers,
-            modes=modes,
+            images, args.batch_size, share=share, num_workers=args.num_workers, modes=modes
         )
         total = -(-len(images) // (args.batch_size * world.size))
-        bar = tqdm(stream, role, total=total, unit="batch", disable=not watched(world))
-        stats = gather_stats(net, bar, world.device)
-        stats.sum_over(lambda tensor: distributed.sum_across(world, tensor))
+        stats = measure(
+            net,
+            tqdm(stream, role, total=total, unit="batch", disable=not watched(world)),
+            len(images),
+            world.device,
+            share=share,
+            total=lambda tensor: distributed.sum_across(world, tensor),
+            keep=keep,
+            logits=logits,
+        )
         for other in distributed.gather_objects(world, modes)[1:]:
             modes.update(other)
         if note := conversion_note(modes):
             notes.append(f"{role} {note}")
             if world.main:
                 print(f"note: {notes[-1]}")
-        return Statistics(stats.mean.cpu().numpy(), stats.sigma.cpu().numpy(), stats.count)
+        return stats
 
     # Reference
     files = None
     if is_stats(args.reference):
-        reference = load_stats(args.reference, net)
+        reference = load_stats(args.reference, net, world.device)
         if args.feature_net == "inception" and args.protocol is None and not reference.known_space:
             other = next(name for name in PROTOCOLS if name != net.protocol)
             warn(
@@ -106,25 +120,31 @@ def main(args: argparse.Namespace) -> None:
                 f"{net.protocol}, which is right for statistics of that tool: if it was made as "
                 f"ADM's reference batches are, give --protocol {other}"
             )
+        if has_images(args.reference):
+            images = open_images(args.reference)
+            features = statistics_of(images, "reference images", args.manifold_images).features
+            reference = replace(reference, features=features)
     else:
         images = open_images(args.reference)
         files = len(images)
-        reference = statistics_of(images, "reference")
+        reference = statistics_of(images, "reference", args.manifold_images)
     if args.save_stats is not None and world.main:
         save_stats(args.save_stats, reference, net, source=str(args.reference))
         print(f"wrote {args.save_stats}: {reference.count or 'unknown'} images, {net.protocol}")
 
-    # Samples, score, report
+    # Samples, scores, report
     if samples is not None:
-        scored = statistics_of(samples, "samples")
+        needed = reference.features is not None or args.bootstrap
+        scored = statistics_of(samples, "samples", len(samples) if needed else 0, logits=True)
         if world.main:
-            distance = frechet_distance(scored.mu, scored.sigma, reference.mu, reference.sigma)
+            scores = score(net, reference, scored, args.bootstrap)
             warn(*find_doubts(net, reference.count, scored.count, record))
             report = build_report(
                 net,
-                {net.metric: distance},
+                scores,
+                bootstrap=args.bootstrap,
                 reference=describe_input(args.reference, files),
-                num_reference=reference.count,
+                reference_stats=reference,
                 samples=describe_input(args.samples, len(samples)),
                 num_samples=scored.count,
                 record=record,
@@ -137,6 +157,14 @@ def main(args: argparse.Namespace) -> None:
             print(f"wrote {output}")
     distributed.barrier(world)
     distributed.stop()
+
+
+def resamples(text: str) -> int:
+    """--bootstrap: 0, or enough for a standard deviation."""
+    value = arguments.nonnegative(text)
+    if value == 1:
+        raise argparse.ArgumentTypeError("a standard error needs at least 2 resamples")
+    return value
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -159,6 +187,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="reading threads of a process",
     )
     add("--device", help="cuda, cuda:1 or cpu (unset: CUDA where there is any)")
+    add(
+        "--bootstrap",
+        type=resamples,
+        default=0,
+        metavar="N",
+        help="N resamples of the samples for standard errors of the Frechet distance and IS",
+    )
+    add(
+        "--manifold-images",
+        type=arguments.positive,
+        default=10_000,
+        metavar="M",
+        help="reference images, spread evenly, for precision and recall",
+    )
     add("--output", type=Path, help="the report's file (unset: see Outputs)")
     add("--save-stats", type=Path, help="the .npz for REFERENCE's statistics (unset: none)")
     return parser.parse_args(argv)

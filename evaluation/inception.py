@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from evaluation.features import Activations
 from models.files import file_sha256
 from models.weights import read_state
 
@@ -25,12 +26,18 @@ HASH_PREFIX = "6726825d"
 # How torch.save began a file before PyTorch 1.6: a pickled number. The published file is one.
 OLD_FORMAT = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")
 SIDE = 299
+SPATIAL_CHANNELS = 7
 PROTOCOLS = ("pytorch-fid", "adm")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 class InceptionFeatures:
-    """The 2048 features of pool_3, as a FeatureNet (see evaluation/features.py), in float32.
+    """Features, spatial features and logits, as a FeatureNet (see evaluation/features.py), float32.
+
+    features  pool_3, 2048 numbers
+    spatial   the first 7 channels of the 17x17 map behind the 1x1 convolution of TensorFlow's
+              mixed_6, in the order row, column, channel: sFID (Nash et al. 2021) as ADM has it
+    logits    1008, by the network's last matrix without its bias, as for the Inception score
 
     Args:
         protocol: "pytorch-fid" or "adm".
@@ -44,6 +51,8 @@ class InceptionFeatures:
     name = "inception"
     metric = "fid"
     dim = 2048
+    spatial_dim = 17 * 17 * SPATIAL_CHANNELS
+    num_logits = 1008
     minimum = 2048
 
     def __init__(
@@ -71,13 +80,25 @@ class InceptionFeatures:
                 f"--inception-weights {path} is not the Inception of pytorch-fid ({first} ...): "
                 f"give {FILE_NAME}"
             ) from error
+        self.classifier = self.net.fc.weight.to(device)  # [1008, 2048]
         self.net.fc = nn.Identity()
         self.net.to(device, memory_format=torch.channels_last)
+        self._map = None
+        self.net.Mixed_6d.branch1x1.register_forward_hook(self._remember)
+
+    def _remember(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        self._map = output[:, :SPATIAL_CHANNELS]  # [B, 7, 17, 17]
 
     @torch.inference_mode()
+    def activations(self, images: torch.Tensor) -> Activations:
+        """uint8 [B, 3, H, W] -> float32 [B, 2048], [B, 2023] and [B, 1008]."""
+        features = self.net(prepare(images, self.protocol))
+        spatial = self._map.permute(0, 2, 3, 1).flatten(1)
+        return Activations(features, spatial, features @ self.classifier.T)
+
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [B, 3, H, W] -> float32 [B, 2048]."""
-        return self.net(prepare(images, self.protocol))
+        return self.activations(images).features
 
 
 def prepare(images: torch.Tensor, protocol: str) -> torch.Tensor:

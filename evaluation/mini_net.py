@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from evaluation.features import Activations
 from models.files import file_sha256, write_whole
 from models.weights import read_state
 
@@ -57,6 +58,8 @@ class MiniFeatures:
     protocol = "mini"
     metric = "fd_mini"
     dim = DIM
+    spatial_dim = 0
+    num_logits = 0
     minimum = 4 * DIM  # fewer leave the covariance of 64 features badly determined
 
     def __init__(self, weights: str | Path | None = None, device: torch.device | str = "cpu"):
@@ -84,6 +87,10 @@ class MiniFeatures:
                 f"{images.shape[3]}x{images.shape[2]}; use --feature-net inception for others"
             )
         return self.net(images.float() / 255)
+
+    def activations(self, images: torch.Tensor) -> Activations:
+        """uint8 [B, 3, 64, 64] -> float32 [B, 64]; spatial features and logits it has none."""
+        return Activations(self(images))
 
 
 def save_weights(net: MiniNet, path: str | Path, **metadata) -> None:

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import torch
 
-from evaluation.features import FeatureNet, describe_net, is_stats
+from evaluation.features import FeatureNet, Statistics, describe_net, has_images, is_stats
+from evaluation.metrics import IS_BLOCK
+from evaluation.scores import Scores
 from models.files import file_sha256, read_json
 from models.provenance import environment
 
@@ -43,22 +45,28 @@ def default_output(samples: str | Path) -> Path:
     return folder.with_name(f"{folder.name}.metrics.json")
 
 
-def check_roles(reference: str | Path, samples: str | Path) -> None:
-    """ValueError when REFERENCE and SAMPLES are the same, or look swapped."""
+def check_roles(reference: str | Path, samples: str | Path) -> list[str]:
+    """Reasons to think that REFERENCE and SAMPLES are swapped, one sentence each.
+
+    Raises: ValueError when the two are the same, or SAMPLES holds no images.
+    """
+    order = "the order is evaluate_fid.py REFERENCE SAMPLES"
     if Path(reference).resolve() == Path(samples).resolve():
         raise ValueError(
             f"REFERENCE and SAMPLES are both {samples}: the distance would say nothing"
         )
     if is_stats(samples):
         why = f"{samples} holds the statistics of a reference"
+        if not has_images(samples):
+            raise ValueError(f"REFERENCE and SAMPLES look swapped ({why} and no images): {order}")
     elif samples_record(reference) is not None and samples_record(samples) is None:
         why = f"{reference} has a samples.json"
     else:
-        return
-    raise ValueError(
-        f"REFERENCE and SAMPLES look swapped ({why}): the order is evaluate_fid.py REFERENCE "
-        "SAMPLES"
-    )
+        return []
+    return [
+        f"REFERENCE and SAMPLES look swapped ({why}): {order}; swapped, precision and recall "
+        "change places and nothing else looks wrong"
+    ]
 
 
 def find_doubts(
@@ -75,6 +83,12 @@ def find_doubts(
                 f"{count} {role} for {net.dim} features: below {net.minimum} the covariance is "
                 f"singular or badly determined and {net.metric} reads too high"
             )
+    rest = num_samples % IS_BLOCK
+    if net.num_logits and num_samples > IS_BLOCK and rest:
+        doubts.append(
+            f"the Inception score is the mean over blocks of {IS_BLOCK} samples, the last of which "
+            f"has {rest}, counts as much as the others and reads lower"
+        )
     if record is not None and not record.get("complete", True):
         doubts.append("samples.json says that sampling was not finished")
     wanted = (record or {}).get("settings", {}).get("num_samples")
@@ -85,25 +99,39 @@ def find_doubts(
 
 def build_report(
     net: FeatureNet,
-    metrics: dict[str, float],
+    scores: Scores,
     *,
+    bootstrap: int,
     reference: dict,
-    num_reference: int | None,
+    reference_stats: Statistics,
     samples: dict,
     num_samples: int,
     record: dict | None,
     notes: list[str],
     doubts: list[str],
 ) -> dict:
-    """The content of metrics.json. `metrics` maps a name (fid, fd_mini) to its value."""
+    """The content of metrics.json.
+
+    metrics           name (fid, sfid, is, precision, recall, fd_mini) -> value or null
+    why_null          name -> why the value is not known
+    standard_errors   name -> standard error, by `bootstrap` resamples of the samples
+    num_samples, num_reference, num_reference_manifold
+                      images scored, behind the reference's mean and covariance (null: not stated),
+                      and behind its side of precision and recall
+    """
     import torchvision
 
+    features = reference_stats.features
     return {
         "format": 1,
         "protocol": net.protocol,
-        "metrics": metrics,
+        "metrics": scores.values,
+        "why_null": scores.reasons,
+        "standard_errors": scores.errors,
+        "bootstrap": bootstrap,
         "num_samples": num_samples,
-        "num_reference": num_reference,
+        "num_reference": reference_stats.count,
+        "num_reference_manifold": None if features is None else len(features),
         "feature_net": describe_net(net),
         "reference": reference,
         "samples": samples,
@@ -116,16 +144,31 @@ def build_report(
     }
 
 
+def show(report: dict, name: str) -> str:
+    """A score of a report as text: with its standard error where known, "-" where null."""
+    value, error = report["metrics"].get(name), report.get("standard_errors", {}).get(name)
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+
+
 def table(report: dict) -> str:
-    """The scores as a small aligned table: a head, a rule and one row."""
+    """The scores as a small aligned table, and below it why some are missing."""
     head = [*report["metrics"], "protocol", "N", "N reference", "samples"]
     known = report["num_reference"]
-    row = [f"{value:.4f}" for value in report["metrics"].values()]
+    row = [show(report, name) for name in report["metrics"]]
     row += [report["protocol"], str(report["num_samples"])]
     row += ["not stated" if known is None else str(known), Path(report["samples"]["path"]).name]
-    widths = [max(len(a), len(b)) for a, b in zip(head, row, strict=True)]
-    lines = (head, ["-" * width for width in widths], row)
-    return "\n".join(
-        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    )
+    lines = align([head, row])
+    lines += [f"no {name}: {why}" for name, why in report["why_null"].items()]
+    return "\n".join(lines)
+
+
+def align(rows: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table whose first row is its head, padded to equal widths."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]

@@ -54,26 +54,6 @@ def covariance(dim, rank, seed, decades=0.0):
     return (basis * values) @ basis.T
 
 
-@pytest.fixture(scope="module")
-def inception_weights(tmp_path_factory):
-    """Random Inception weights that keep the signal alive through all layers."""
-    from pytorch_fid import inception
-
-    torch.manual_seed(0)
-    blank = mock.Mock(return_value=None)
-    with (
-        mock.patch.object(inception, "load_state_dict_from_url", blank),
-        mock.patch.object(torch.nn.Module, "load_state_dict", lambda *_: None),
-    ):
-        net = inception.fid_inception_v3()
-    for module in net.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight)
-    path = tmp_path_factory.mktemp("inception") / "random.pth"
-    torch.save(net.state_dict(), path)
-    return path
-
-
 def evaluate(monkeypatch, *words):
     """Runs the entry in this process with a command line."""
     monkeypatch.setattr(sys, "argv", ["evaluate_fid.py", *map(str, words)])
@@ -442,7 +422,8 @@ def test_mini_scores_are_reported_with_their_origin(tmp_path, monkeypatch, capsy
 
     evaluate(monkeypatch, reference, samples, *common, "--save-stats", stats)
     first = json.loads((samples / "metrics.json").read_text())
-    assert set(first["metrics"]) == {"fd_mini"} and first["protocol"] == "mini"
+    assert list(first["metrics"]) == ["fd_mini", "precision", "recall"]
+    assert first["protocol"] == "mini" and first["num_reference_manifold"] == 30
     assert first["metrics"]["fd_mini"] > 1
     assert first["samples_json"] == record
     assert first["reference"] == {"path": str(reference), "kind": "folder", "files": 30}
@@ -453,14 +434,15 @@ def test_mini_scores_are_reported_with_their_origin(tmp_path, monkeypatch, capsy
     np.savez(archive, arr_0=pictures(30, seed=1, smooth=True))
     evaluate(monkeypatch, stats, archive, *common, "--batch-size", 7)
     second = json.loads((tmp_path / "samples.metrics.json").read_text())
-    assert second["metrics"]["fd_mini"] == pytest.approx(first["metrics"]["fd_mini"], rel=1e-6)
-    assert second["num_reference"] == 30
+    assert second["metrics"] == pytest.approx(first["metrics"], rel=1e-6)
+    assert second["num_reference"] == second["num_reference_manifold"] == 30
     assert second["samples_json"] == record and len(second["reference"]["sha256"]) == 64
 
     # A set against itself, to a place of the caller's.
     evaluate(monkeypatch, archive, samples, *common, "--output", tmp_path / "self.json")
     itself = json.loads((tmp_path / "self.json").read_text())
     assert itself["metrics"]["fd_mini"] == pytest.approx(0, abs=1e-6)
+    assert itself["metrics"]["precision"] == itself["metrics"]["recall"] == 1
     (samples / "samples.json").write_text('{"complete": tr')
     with pytest.raises(ValueError, match="samples.json is not whole JSON .*: repeat the sampling"):
         evaluate(monkeypatch, reference, samples, *common)
@@ -478,23 +460,32 @@ def test_a_folder_that_is_not_ours_is_left_as_it_is(tmp_path, monkeypatch):
     assert default_output("theirs.v1.npz") == Path("theirs.v1.metrics.json")
 
 
-def test_swapped_or_equal_arguments_are_refused_before_any_work(tmp_path, monkeypatch):
-    samples = write_pictures(tmp_path / "samples", pictures(2))
+def test_equal_arguments_are_refused_and_swapped_ones_said(tmp_path, monkeypatch, capsys):
+    samples = write_pictures(tmp_path / "samples", pictures(4))
     (samples / "samples.json").write_text("{}")
-    others = write_pictures(tmp_path / "others", pictures(2))
-    stats = tmp_path / "stats.npz"
-    np.savez(stats, mu=np.zeros(64), sigma=np.eye(64), arr_0=pictures(2))
-    monkeypatch.setattr(evaluate_fid, "MiniFeatures", None)  # not reached
+    others = write_pictures(tmp_path / "others", pictures(4, seed=1))
+    stats, batch = tmp_path / "stats.npz", tmp_path / "batch.npz"
+    np.savez(stats, mu=np.zeros(64), sigma=np.eye(64))
+    np.savez(batch, mu=np.zeros(64), sigma=np.eye(64), arr_0=pictures(4, seed=2))
     common = ("--feature-net", "mini", "--device", "cpu")
+    for reference, scored, why in (
+        (samples, others, "samples has a samples.json"),
+        (others, batch, "batch.npz holds the statistics"),
+    ):
+        evaluate(monkeypatch, reference, scored, *common, "--output", tmp_path / "scores.json")
+        (said,) = (
+            w for w in json.loads((tmp_path / "scores.json").read_text())["warnings"] if why in w
+        )
+        assert "look swapped" in said and f"warning: {said}" in capsys.readouterr().out
+    monkeypatch.setattr(evaluate_fid, "MiniFeatures", None)  # not reached
     for reference, scored, message in (
-        (samples, others, "look swapped .*samples has a samples.json"),
-        (others, stats, "look swapped .*stats.npz holds the statistics"),
+        (others, stats, "look swapped .*stats.npz holds the statistics of a reference and no im"),
         (samples, tmp_path / "others" / ".." / "samples", "are both .*samples"),
     ):
         with pytest.raises(ValueError, match=message):
             evaluate(monkeypatch, reference, scored, *common)
     (others / "samples.json").write_text("{}")
-    check_roles(samples, others)  # two sets of samples may be compared
+    assert not check_roles(samples, others)  # two sets of samples may be compared
 
 
 def test_statistics_of_an_unstated_protocol_bring_one_warning(
@@ -504,7 +495,7 @@ def test_statistics_of_an_unstated_protocol_bring_one_warning(
     np.savez(archive, mu=np.zeros(2048), sigma=np.eye(2048))
     common = ("--inception-weights", inception_weights, "--device", "cpu")
     # The distance needs an eigendecomposition of 2048 dimensions, which is beside the point here.
-    monkeypatch.setattr(evaluate_fid, "frechet_distance", lambda *_: 1.0)
+    monkeypatch.setattr("evaluation.scores.frechet_distance", lambda *_: 1.0)
     for flags, warned in (((), True), (("--protocol", "adm"), False)):
         evaluate(monkeypatch, archive, samples, *common, *flags)
         lines = [line for line in capsys.readouterr().out.splitlines() if "its protocol" in line]
@@ -535,7 +526,7 @@ def test_two_processes_give_the_score_of_one(tmp_path, monkeypatch):
     subprocess.run([str(word) for word in words], check=True, env=environment, cwd=tmp_path)
     two = json.loads((tmp_path / "two.json").read_text())
     assert two["num_samples"] == 7 and two["num_reference"] == 9
-    assert two["metrics"]["fd_mini"] == pytest.approx(one["metrics"]["fd_mini"], rel=1e-6)
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-6)
 
 
 def test_entry_refuses_arguments_that_do_not_fit(tmp_path, monkeypatch):
@@ -555,10 +546,16 @@ def test_entry_refuses_arguments_that_do_not_fit(tmp_path, monkeypatch):
 def test_statistics_files_of_another_space_are_refused(tmp_path):
     net = MiniFeatures()
     path = tmp_path / "stats.npz"
-    stats = Statistics(np.arange(64.0), np.eye(64), 12)
+    stats = Statistics(
+        torch.arange(64.0, dtype=torch.float64),
+        torch.eye(64, dtype=torch.float64),
+        12,
+        features=torch.rand(5, 64),
+    )
     save_stats(path, stats, net, "somewhere")
     back = load_stats(path, net)
-    assert back.count == 12 and np.array_equal(back.mu, stats.mu)
+    assert back.count == 12 and back.mu_s is None
+    assert torch.equal(back.mu, stats.mu) and torch.equal(back.features, stats.features)
     net.sha256 = "0" * 64
     with pytest.raises(ValueError, match="was made with sha256"):
         load_stats(path, net)

@@ -64,11 +64,12 @@ def test_samples_are_described_packed_and_scored(work, pair):
     assert (work / "samples" / "two-grid.png").is_file()
     score = ["evaluate_fid.py", work / "images", folder, "--feature-net", "mini"]
     run(*score, processes=2)
-    again = json.loads((folder / "metrics.json").read_text())["metrics"]["fd_mini"]
+    again = json.loads((folder / "metrics.json").read_text())["metrics"]
     run(*score)
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert list(metrics["metrics"]) == ["fd_mini"] and metrics["metrics"]["fd_mini"] > 0
-    assert metrics["metrics"]["fd_mini"] == pytest.approx(again, rel=1e-6)
+    assert list(metrics["metrics"]) == ["fd_mini", "precision", "recall"]
+    assert metrics["metrics"]["fd_mini"] > 0
+    assert metrics["metrics"] == pytest.approx(again, rel=1e-6)
     assert metrics["samples_json"]["settings"] == record["settings"]
 
 
