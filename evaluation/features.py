@@ -165,6 +165,12 @@ def has_images(path: str | Path) -> bool:
     return "arr_0" in npz_keys(path)
 
 
+def stats_source(path: str | Path) -> str | None:
+    """What our own statistics file was made from; None of another tool's file."""
+    with np.load(path, allow_pickle=False) as archive:
+        return json.loads(str(archive["made_by"]))["source"] if "made_by" in archive else None
+
+
 def save_stats(path: str | Path, stats: Statistics, net: FeatureNet, source: str) -> None:
     """Writes an .npz with mu, sigma (so pytorch-fid reads it too), count and the feature space;
     mu_s, sigma_s and the features that were kept, where there are any."""

@@ -7,6 +7,7 @@ import torch
 
 IS_BLOCK = 5000  # images that the Inception score is computed over at a time, as ADM does
 CHUNK = 4096  # rows in float64 at a time
+FOLD = 2048  # rows that are worth a product of their own
 
 
 class GaussianStats:
@@ -15,6 +16,8 @@ class GaussianStats:
     Batches are joined by the parallel rule of Chan, Golub and LeVeque (1979), which keeps
     centred sums only and so loses nothing to cancellation when the mean is far from zero.
 
+    Small batches wait until they are worth a large product.
+
     count    number of vectors so far
     mean     float64 [D]
     scatter  float64 [D, D], the sum of outer products of centred vectors
@@ -22,24 +25,47 @@ class GaussianStats:
 
     def __init__(self, dim: int, device: torch.device | str = "cpu"):
         self.count = 0
-        self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
-        self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        self._mean = torch.zeros(dim, dtype=torch.float64, device=device)
+        self._scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        self._folded = 0
+        self._waiting: list[torch.Tensor] = []
 
     def update(self, features: torch.Tensor) -> None:
         """Adds features [B, D]. ValueError when one of them is not finite."""
-        features = features.to(self.mean)
         if not torch.isfinite(features).all():
             raise ValueError(
                 f"features of images {self.count} to {self.count + len(features) - 1} "
                 "hold NaN or infinity; check the feature network's weights"
             )
-        count, total = len(features), self.count + len(features)
+        self._waiting.append(features.to(self._mean, copy=True))
+        self.count += len(features)
+        if self.count - self._folded >= FOLD:
+            self._fold()
+
+    def _fold(self) -> None:
+        """Brings what waits into mean and scatter."""
+        if not self._waiting:
+            return
+        features = torch.cat(self._waiting)
+        self._waiting.clear()
+        count, total = len(features), self._folded + len(features)
         mean = features.mean(0)
-        centred, delta = features - mean, mean - self.mean
-        self.scatter += centred.T @ centred
-        self.scatter += torch.outer(delta, delta) * (self.count * count / total)
-        self.mean += delta * (count / total)
-        self.count = total
+        delta = mean - self._mean
+        features -= mean
+        self._scatter.addmm_(features.T, features)
+        self._scatter.addr_(delta, delta, alpha=self._folded * count / total)
+        self._mean += delta * (count / total)
+        self._folded = total
+
+    @property
+    def mean(self) -> torch.Tensor:
+        self._fold()
+        return self._mean
+
+    @property
+    def scatter(self) -> torch.Tensor:
+        self._fold()
+        return self._scatter
 
     def sum_over(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Joins the statistics of several processes, on each of them.
@@ -50,9 +76,9 @@ class GaussianStats:
         everyone = total(count.clone())
         mean = total(self.mean * count) / everyone
         delta = self.mean - mean
-        self.scatter = total(self.scatter + torch.outer(delta, delta) * count)
-        self.mean = mean
-        self.count = round(everyone.item())
+        self._scatter = total(self.scatter + torch.outer(delta, delta) * count)
+        self._mean = mean
+        self.count = self._folded = round(everyone.item())
 
     @property
     def sigma(self) -> torch.Tensor:

@@ -4,11 +4,27 @@ from pathlib import Path
 
 import torch
 
-from evaluation.features import FeatureNet, Statistics, describe_net, has_images, is_stats
+from evaluation.features import (
+    FeatureNet,
+    Statistics,
+    describe_net,
+    has_images,
+    is_stats,
+    stats_source,
+)
 from evaluation.metrics import IS_BLOCK
 from evaluation.scores import Scores
 from models.files import file_sha256, read_json
 from models.provenance import environment
+
+LABELS = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "is": "IS",
+    "precision": "precision",
+    "recall": "recall",
+    "fd_mini": "fd_mini",
+}
 
 
 def describe_input(path: str | Path, files: int | None = None) -> dict:
@@ -16,7 +32,9 @@ def describe_input(path: str | Path, files: int | None = None) -> dict:
     path = Path(path)
     if path.is_dir():
         return {"path": str(path), "kind": "folder", "files": files}
-    return {"path": str(path), "kind": "file", "sha256": file_sha256(path)}
+    made_from = stats_source(path) if is_stats(path) else None
+    source = {} if made_from is None else {"made_from": made_from}
+    return {"path": str(path), "kind": "file", "sha256": file_sha256(path), **source}
 
 
 def samples_record(samples: str | Path) -> dict | None:
