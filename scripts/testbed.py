@@ -138,7 +138,7 @@ def run_cases(
         cases: tuples of words and numbers, the names of their results; the first says what must be
             prepared for it.
         make: gives a case's result; its second argument is a number for `entry`'s gpu.
-        prepare: what to do before the first case of a kind, all side by side.
+        prepare: what to do before the first case of a kind, `args.jobs` of them at a time.
         settings: what every result of the study shares; written into each.
     """
     args.results.mkdir(parents=True, exist_ok=True)
@@ -155,7 +155,7 @@ def run_cases(
         shown = (f"{title} {result[key]:.5f}" for key, title in METRICS.items() if key in result)
         print(f"{name}: {'  '.join(shown)}", flush=True)
 
-    with ThreadPoolExecutor(args.jobs) as pool, ThreadPoolExecutor(max(1, len(needed))) as first:
+    with ThreadPoolExecutor(args.jobs) as pool, ThreadPoolExecutor(args.jobs) as first:
         prepared = {kind: first.submit(prepare[kind]) for kind in sorted(needed)}
         running = [pool.submit(finish, n, gpu, prepared) for gpu, n in enumerate(missing)]
         for future in running:

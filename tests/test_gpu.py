@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from test_prune import FORMS, select_form
 
 from models.dit import build_dit
 from models.grafting import build_grafted, load_plan
@@ -161,6 +162,14 @@ def test_bf16_training_follows_fp32(mini, mode):
     for key, tolerance in (("loss", 0.05), ("grad_norm", 0.5)):
         bf16, fp32 = ([record[key] for record in records[p]] for p in ("bf16", "fp32"))
         np.testing.assert_allclose(bf16, fp32, rtol=tolerance, err_msg=key)
+
+
+@pytest.mark.parametrize("slot", ["mha", "mlp"])
+@pytest.mark.parametrize("groups", FORMS)
+@pytest.mark.parametrize("model", ["DiT-Mini/2", "DiT-XL/2"])
+def test_selection_in_every_form(monkeypatch, tmp_path, write_latents, model, groups, slot):
+    write_latents(tmp_path / "latents", 8, classes=5)
+    select_form(monkeypatch, tmp_path, model, slot, groups, "cuda")
 
 
 def test_samples_of_gpu_and_cpu_are_the_same_pictures(mini):

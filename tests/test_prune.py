@@ -1,6 +1,7 @@
 """prune_by_learning.py in this process: models, slots, groups, competing grafts, its answer."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -43,11 +44,11 @@ def plan_file(folder, name, grafts, model="DiT-S/2", **sample):
     return path
 
 
-def select(monkeypatch, folder, config, name, *flags):
+def select(monkeypatch, folder, config, name, *flags, device="cpu"):
     """Runs the entry for two steps; its run folder and its answer."""
     command = ["prune_by_learning.py", "--config", config, "--data-path", folder / "latents"]
     command += ["--results-dir", folder, "--prefix", name, "--max-steps", 2, "--log-every", 1]
-    command += ["--global-batch-size", 4, "--gate-lr", 0.01, "--device", "cpu", *flags]
+    command += ["--global-batch-size", 4, "--gate-lr", 0.01, "--device", device, *flags]
     monkeypatch.setattr(sys, "argv", [str(word) for word in command])
     prune_by_learning.main(prune_by_learning.parse_args())
     run = next(folder.glob(f"{name}-DiT*"))
@@ -56,6 +57,21 @@ def select(monkeypatch, folder, config, name, *flags):
 
 SWA = ("mha", "swa", {})
 THIN = ("mlp", "mlp", {"expansion_ratio": 3})
+
+
+FORMS = {"2:4": 14, "1:2": 14, "3:4": 21, "7:14": 14, "2:4,1:4,3:4,2:4,1:4,3:4,2:4": 14}
+
+
+def select_form(monkeypatch, folder, model, slot, groups, device):
+    """A selection of 28 blocks in one slot, in one form of groups."""
+    slot, operator, config = SWA if slot == "mha" else THIN
+    name = f"{model}-{slot}-{groups}".translate(str.maketrans("/:,", "---"))[:40]
+    plan = plan_file(folder, name, [(slot, operator, list(range(28)), config)], model)
+    flags = ["--groups", groups, "--delta-w", "--lora", "--no-compile"]
+    run, answer = select(monkeypatch, folder, plan, name, *flags, device=device)
+    assert len(answer["kept"]) == FORMS[groups] and answer["slots"] == [slot]
+    assert load_plan(run / "selected.yaml").grafted_blocks(slot) == tuple(answer["grafted"])
+    shutil.rmtree(run / "checkpoints")  # of the largest model: gigabytes
 
 
 @pytest.mark.parametrize(
@@ -69,6 +85,13 @@ def test_group_forms_on_another_depth(monkeypatch, folder, groups, kept):
     run, answer = select(monkeypatch, folder, plan, name, "--groups", groups)
     assert len(answer["kept"]) == kept and answer["slots"] == ["mha"]
     assert load_plan(run / "selected.yaml").grafted_blocks("mha") == tuple(answer["grafted"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slot", ["mha", "mlp"])
+@pytest.mark.parametrize("groups", ["2:4", "7:14"])
+def test_group_forms_of_the_largest_model(monkeypatch, folder, slot, groups):
+    select_form(monkeypatch, folder, "DiT-XL/2", slot, groups, "cpu")
 
 
 def test_both_slots_follow_one_decision(monkeypatch, folder):
