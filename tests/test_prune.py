@@ -88,8 +88,7 @@ def test_group_forms_on_another_depth(monkeypatch, folder, groups, kept):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slot", ["mha", "mlp"])
-@pytest.mark.parametrize("groups", ["2:4", "7:14"])
+@pytest.mark.parametrize(("slot", "groups"), [("mha", "2:4"), ("mlp", "7:14")])
 def test_group_forms_of_the_largest_model(monkeypatch, folder, slot, groups):
     select_form(monkeypatch, folder, "DiT-XL/2", slot, groups, "cpu")
 
