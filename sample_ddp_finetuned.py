@@ -49,7 +49,9 @@ def main(args: argparse.Namespace) -> None:
     vae = args.vae or plan.vae
     vae_path = vae
     if vae not in ("ema", "mse"):
-        vae_path = flag_path("--vae", vae) if args.vae else find_file(vae, plan.path, "vae")
+        vae_path = (
+            flag_path("--vae", vae) if args.vae else find_file(vae, plan.path, "vae", folder=True)
+        )
 
     # Model
     checkpoint = args.graft_fusion_ckpt_path
@@ -81,6 +83,7 @@ def main(args: argparse.Namespace) -> None:
         "plan": plan.architecture(),
         "config": args.config_filepath,
         "checkpoint": checkpoint or report.files,
+        "tensors": report.counts() if checkpoint is None else {"trained": len(model.state_dict())},
         "checkpoint_sha256": {n: file_sha256(f) for n, f in files.items() if world.main},
         "sampler": args.sampler,
         "steps": args.num_sampling_steps,
@@ -101,7 +104,9 @@ def main(args: argparse.Namespace) -> None:
     batches = torch.tensor(missing, dtype=torch.int64).split(args.per_proc_batch_size)
     batches = batches if missing else ()
     if world.main:
-        print("\n".join([*paths, f"{plan.describe()}: {args.num_fid_samples} images to {folder}"]))
+        origin = report.lines() if checkpoint is None else [f"all tensors of {checkpoint}"]
+        extent = f"{plan.describe()}: {args.num_fid_samples} images to {folder}"
+        print("\n".join([*origin, *paths, extent]))
 
     def model_fn(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """One guided evaluation for the labels `y` of the batch; [B,C,H,W] -> [B,2C,H,W]."""

@@ -18,14 +18,20 @@ def places(name: str | Path, yaml_path: Path) -> list[Path]:
     return [*(base / name for base in bases), REPOSITORY / inside]
 
 
-def find_file(name: str | Path, yaml_path: Path, key: str) -> Path:
+def find_file(name: str | Path, yaml_path: Path, key: str, folder: bool = False) -> Path:
     """The first of `places` that exists, absolute; a link as the last part keeps its own name.
+
+    Args:
+        folder: a folder will do.
 
     Raises:
         FileNotFoundError: in none of them; the message lists them.
+        ValueError: a folder where a file is meant.
     """
     candidates = list(dict.fromkeys(places(name, yaml_path)))
     for place in candidates:
+        if place.is_dir() and not folder:
+            raise ValueError(f"{yaml_path}: {key}: {place} is a folder; name the file in it")
         if place.exists():
             return place.parent.resolve() / place.name
     begun = [p.with_name(p.name + ".part") for p in candidates if p.name not in ("", "..")]
@@ -111,7 +117,8 @@ def check_keys(path: Path, where: str, found: dict, legal: dict, required: tuple
             )
         types = legal[key] if isinstance(legal[key], tuple) else (legal[key],)
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            names = " or ".join("null" if t is type(None) else t.__name__ for t in types)
+            words = {type(None): "null", dict: "mapping", str: "text"}
+            names = " or ".join(words.get(t, t.__name__) for t in types)
             raise ValueError(f"{path}: {where}: {key}: {value!r} must be of type {names}")
     for key in required:
         if key not in found:

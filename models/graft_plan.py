@@ -51,7 +51,6 @@ class GraftPlan:
     model_name: str
     image_size: int
     num_classes: int = 1000
-    seed: int = 0
     grafts: tuple[Graft, ...] = ()
     base_ckpt_path: Path | None = None
     grafted_ckpt_path: Path | None = None

@@ -98,8 +98,11 @@ def variants_of(plans: Sequence[GraftPlan]) -> list[list[int]]:
     """For each block the plans that graft it, counted from 1: `LayerGates`' variants.
 
     Raises:
-        ValueError: a plan without grafts, or plans of different models.
+        ValueError: a plan without grafts, the same plan twice, or plans of different models.
     """
+    for number, plan in enumerate(plans):
+        if any(plan.path.resolve() == other.path.resolve() for other in plans[:number]):
+            raise ValueError(f"{plan.path}: competes with itself; name each YAML once")
     if len(plans) > 1 and plans[0].base_ckpt_path is None and plans[0].grafted_ckpt_path is None:
         raise ValueError(
             f"{plans[0].path}: names neither base_ckpt_path nor grafted_dit_ckpt_path; grafts that "

@@ -43,8 +43,8 @@ VAE_NAMES = ("ema", "mse")  # any other `vae` is a path
 # and the paper's schema; "base_ckpt_path" and below are this repository's.
 OPERATOR_KEYS = {"type": str, "name": str, "config_filepath": str}
 SAMPLE_KEYS = {
-    "seed": int,
-    "global_seed": int,  # the paper's files call the seed this
+    "seed": int,  # read by nothing: --global-seed decides
+    "global_seed": int,  # the same, in the paper's files
     "init_type": str,  # the paper's files; only "graft"
     "dit_model_name": str,
     "grafted_dit_ckpt_path": (str, type(None)),
@@ -114,7 +114,6 @@ def load_plan(path: str | Path) -> GraftPlan:
         model_name=name,
         image_size=sample["image_size"],
         num_classes=sample.get("num_classes", 1000),
-        seed=sample.get("seed", sample.get("global_seed", 0)),
         grafts=grafts,
         base_ckpt_path=_base_path(sample),
         grafted_ckpt_path=_optional_path(sample.get("grafted_dit_ckpt_path")),
@@ -419,7 +418,7 @@ def _lead(plan: GraftPlan, folder: Path, name: str | Path, key: str) -> str:
     """The name of a plan's file from `folder`; as it stands when there is no such file yet."""
     if not any(place.exists() for place in places(name, plan.path)):
         return str(name)
-    return os.path.relpath(find_file(name, plan.path, key), folder)
+    return os.path.relpath(find_file(name, plan.path, key, folder=True), folder)
 
 
 def _entries(plan: GraftPlan, folder: Path, blocks: dict[str, list[int]]) -> list[dict]:

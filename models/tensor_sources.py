@@ -67,8 +67,13 @@ class LoadReport:
             files = [f for s, f in self.files.items() if s.partition("[")[0] == source]
             more = f" and {len(files) - 1} more" if len(files) > 1 else ""
             lines.append(f"{n} tensors {source}" + (f" ({files[0]}{more})" if files else ""))
-        reasons = Counter(reason for _, reason in self.dropped)
-        lines += [f"{n} tensors dropped: {reason}" for reason, n in reasons.items()]
+        dropped = defaultdict(list)
+        for name, reason in self.dropped:
+            dropped[reason].append(name)
+        for reason, names in dropped.items():
+            blocks = sorted({block_of(name) for name in names} - {None})
+            where = f" (blocks {' '.join(map(str, blocks))})" if blocks else ""
+            lines.append(f"{len(names)} tensors dropped: {reason}{where}")
         return lines + [f"note: {note}" for note in self.notes]
 
 
@@ -226,6 +231,8 @@ class TensorSources:
         is_graft = held is not None and entry is not None and self._is_graft(held, entry, into)
         is_original = held is not None and held.original is not False and not is_graft
         if entry is None:
+            if held is not None and not is_original:
+                self._check_known(block, slot, held)
             self._fill_original(block, slot, place, held, is_original)
             if held is not None and not is_original:
                 reason = f"the plan keeps the original where the checkpoint has {held.operator}"
@@ -246,6 +253,17 @@ class TensorSources:
             self._replace(block, entry, into, held, is_original)
         if self.pairs:
             self._fill_original(block, slot, place + "original.", held, is_original)
+
+    def _check_known(self, block: int, slot: str, held: Held) -> None:
+        """Refuses a graft where the plan keeps the original, unless the plan has that operator in
+        other blocks, as after a layer selection, or the file's own plan says that it is there."""
+        same = any(g.slot == slot and g.operator == held.operator for g in self.plan.grafts)
+        if not same and not self.checkpoint.tells:
+            raise ValueError(
+                f"{self.checkpoint}: block {block} holds {held.operator!r} in its {slot} slot; "
+                f"{self.plan.path} wants {wanted(self.plan, block, slot)} there, and has "
+                f"{held.operator!r} in no block"
+            )
 
     def _held(self, file: OpenedFile, block: int, slot: str) -> Held:
         held = file.held(block, slot)

@@ -69,12 +69,12 @@ def _like_original(operator: str, tensors: Mapping[str, torch.Tensor]) -> bool:
     if operator == "mlp":
         hidden, width = tensors["fc1.weight"].shape
         return hidden == 4 * width
-    return operator == "mha" and "qkv.bias" in tensors
+    return operator == "mha"
 
 
 def refuse_selection(file: str, state: Mapping) -> None:
     """Raises ValueError for a training state of layer selection, which holds gates and pairs."""
-    if any(name.startswith(("gates.", "dit.")) for name in state):
+    if any(name.startswith("gates.") for name in state):
         raise ValueError(
             f"{file}: is a checkpoint of prune_by_learning.py: finetune its selected.yaml, or use "
             "--save-model"

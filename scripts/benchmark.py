@@ -47,7 +47,7 @@ from models.operators.accelerators import KERNELS
 from models.plan import load_plan, plan_from_flags
 from scripts import loops
 from training import arguments, distributed, precision
-from training.compilation import compile_model
+from training.compilation import MODEL_OPTIONS, compile_model
 from training.distillation import Steps, Students, Teacher
 from training.optimizer import StepGuard, adamw
 
@@ -342,7 +342,9 @@ def step(
     operator: nn.Module, x: torch.Tensor, dtype: torch.dtype, kind: str, compiled: bool
 ) -> Callable[[], None]:
     """One pass of `kind` over x, to be timed."""
-    run = torch.compile(operator, dynamic=False) if compiled else operator
+    run = operator
+    if compiled:
+        run = torch.compile(operator, dynamic=False, options=MODEL_OPTIONS)
     given = x.clone().requires_grad_(kind == "training")
     gradient = torch.randn_like(x, dtype=dtype)
 

@@ -7,12 +7,12 @@ out="${OUT:-assets/mini}"
 mkdir -p "$out"
 
 python scripts/unpack_mini.py --out data/mini
-python scripts/train_mini_vae.py --data-path data/mini --out "$out/vae" \
+python scripts/train_mini_vae.py --data-path data/mini --out "$out/vae" --steps 7955 \
     --preview "$out/vae/preview.png"
 python scripts/train_mini_features.py --data-path data/mini \
     --labels assets/mini/images/labels.csv --out "$out/feature_net.safetensors"
 
-# No mirrors: flags and letters must not be flipped.
+# The DiT sees no mirrors: flags and letters must not come out flipped. (The VAE may: it only codes.)
 python extract_features.py --data-path data/mini/train --features-path data/mini_encoded \
     --vae "$out/vae" --image-size 64 --num-classes 9 --no-mirror
 python finetune_tinyfusion.py --config configs/mini/no_graft.yaml --data-path data/mini_encoded \

@@ -207,6 +207,20 @@ REFUSED = {
         r"block 1: the mha slot holds no .*wants 'swa' there \(missing: Wqkv\.weight\)",
     ),
     "missing bias": (changed(**{QKV.replace("weight", "bias"): None}), "Wqkv.bias is missing; the"),
+    "missing bias of an original": (
+        changed(**{"blocks.0.attn.qkv.bias": None}),
+        "tensor blocks.0.attn.qkv.bias is missing; the model of",
+    ),
+    "operator where the plan has none": (
+        changed(
+            **{
+                "blocks.0.mlp.fc1.weight": [3456, 1152],
+                "blocks.0.mlp.fc1.bias": [3456],
+                "blocks.0.mlp.fc2.weight": [1152, 3456],
+            }
+        ),
+        "block 0 holds 'mlp' in its mlp slot; .*wants the original mlp there, and has 'mlp' in no",
+    ),
     "missing key outside": (changed(pos_embed=None), "tensor pos_embed is missing; the model of"),
     "missing block": (
         {n: s for n, s in changed().items() if not n.startswith("blocks.27.")},

@@ -23,7 +23,7 @@ TRAJECTORY = "trajectory.jsonl"
 def decision(
     gates: LayerGates, plans: Sequence[GraftPlan], scaling: float, trajectory: Path, steps: int
 ) -> dict:
-    """The answer of the gates as plain data; README "selection.json" describes it.
+    """The answer of the gates as plain data; README "Layer selection" describes it.
 
     Args:
         gates: the averaged gates.
@@ -110,7 +110,10 @@ def write_answer(
             for source, path in report.resolved.items()
             if path.is_file()
         }
-    configs = [{"file": str(p.path), "sha256": file_sha256(p.path)} for p in plans]
+    configs = [
+        {"file": str(p.path), "sha256": file_sha256(p.path), "architecture": p.architecture()}
+        for p in plans
+    ]
     content = {**answer, "plan": "selected.yaml", "trajectory": TRAJECTORY, "configs": configs}
     content |= {"weights": weights, **provenance, **environment()}
     write_json(folder / "selection.json", content)
