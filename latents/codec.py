@@ -149,7 +149,8 @@ def _read_model(folder: Path, vae: str) -> torch.nn.Module:
         logging.set_verbosity(verbosity)
     if cause is not None:
         raise ValueError(
-            f"VAE {vae}: {folder / WEIGHTS} cannot be read or does not fit {CONFIG} ({cause})"
+            f"VAE {vae}: {folder / WEIGHTS} cannot be read or does not fit {CONFIG} ({cause}); "
+            "fetch the VAE again, or name another"
         )
     return model
 

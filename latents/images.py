@@ -51,7 +51,7 @@ class LabelledImages(torch.utils.data.Dataset):
         paths: relative to root, "/" between parts. labels: int64 [N].
 
     Raises:
-        FileNotFoundError: root is missing, has no class folders, or no picture in them.
+        FileNotFoundError: root is missing, has no class folders, or one without a picture.
     """
 
     def __init__(self, root: str | Path, size: int) -> None:
@@ -74,6 +74,14 @@ class LabelledImages(torch.utils.data.Dataset):
                 pictures = sorted(f for f in files if f.lower().endswith(SUFFIXES))
                 self.paths.extend(f"{inner}/{f}" for f in pictures)
             labels.extend([class_id] * (len(self.paths) - found))
+        there = set(labels)
+        empty = [name for i, name in enumerate(self.class_names) if i not in there]
+        if self.paths and empty:
+            raise FileNotFoundError(
+                f"image folder {root}: no picture in {', '.join(empty[:4])}"
+                f"{f' and {len(empty) - 4} more' if len(empty) > 4 else ''}: finish the copy, or "
+                "remove the folders (the classes after them are counted anew then)"
+            )
         if not self.paths:
             raise FileNotFoundError(
                 f"image folder {root} has class folders but no picture in them; it needs files "

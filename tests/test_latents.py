@@ -496,6 +496,10 @@ def test_image_folder_errors(tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(FileNotFoundError, match="no picture in them"):
         LabelledImages(tmp_path, 8)
+    (tmp_path / "b").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "b" / "0.png")
+    with pytest.raises(FileNotFoundError, match="no picture in a: finish the copy, or remove"):
+        LabelledImages(tmp_path, 8)
 
 
 # Codec
