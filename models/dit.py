@@ -37,6 +37,7 @@ PRESETS["DiT-Mini/2"] = {
     "patch_size": 2,
     "latent_downsample": 4,
 }
+PRESETS["DiT-Mini-D14/2"] = {**PRESETS["DiT-Mini/2"], "depth": 14}  # every second block dropped
 
 
 def preset(name: str) -> dict[str, int]:

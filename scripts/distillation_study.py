@@ -20,10 +20,9 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from models.files import read_json
 from models.plan import load_plan, read_yaml, write_plan
 from scripts import testbed
-from scripts.testbed import METRICS, REPOSITORY, entry
+from scripts.testbed import METRICS, REPOSITORY
 from training import distributed
 
 RESULTS = REPOSITORY / "docs" / "results" / "distillation"
@@ -105,16 +104,7 @@ def make(case: tuple, gpu: int, args: argparse.Namespace) -> dict:
     plan = args.work / "plans" / key / f"{start}-{percent}{suffix}.yaml"
     weights = ["--allow-untrained"]
     if training == "none":
-        out = args.work / "losses" / f"{name}.json"
-        out.parent.mkdir(exist_ok=True)
-        stores = [str(args.work / part) for part in ("train", "heldout")]
-        entry(
-            "scripts/validation_loss.py", "--config", plan, "--data-path", *stores, "--out", out,
-            "--global-seed", seed, gpu=gpu,
-        )  # fmt: skip
-        found = read_json(out, "rerun")
-        parts = zip(("train_mse", "heldout_mse"), stores, strict=True)
-        losses = {metric: found[store]["mse"] for metric, store in parts}
+        losses = testbed.losses(plan, name, seed, args, gpu=gpu)
     else:
         flags = ["--distill"] if training == "kd" else []
         checkpoint, losses = testbed.finetune(plan, name, seed, args, *flags, gpu=gpu)
@@ -158,12 +148,6 @@ def report(args: argparse.Namespace) -> None:
     testbed.write_tables(REPOSITORY / "docs" / "distillation.md", Path(__file__).name, text)
 
 
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def self_graft_table(groups: dict) -> str:
     """The loss of Stage 1 against none, at 75 %, before any finetuning."""
     rows = []
@@ -178,7 +162,7 @@ def self_graft_table(groups: dict) -> str:
         if found
     ]
     title = "**Self-graft** of 21 blocks, no finetuning:"
-    return f"{title}\n\n{table(['operator', 'loss', 'cases', *METRICS.values()], lines)}"
+    return f"{title}\n\n{testbed.table(['operator', 'loss', 'cases', *METRICS.values()], lines)}"
 
 
 def operator_table(groups: dict) -> str:
@@ -196,7 +180,7 @@ def operator_table(groups: dict) -> str:
                     lines.append([name, f"{percent} %", start, *cells])
     columns = [f"{METRICS[m]}, {words}" for m in metrics for words in trainings.values()]
     title = "**Every operator**, by how it starts:"
-    return f"{title}\n\n{table(['operator', 'grafted', 'start', *columns], lines)}"
+    return f"{title}\n\n{testbed.table(['operator', 'grafted', 'start', *columns], lines)}"
 
 
 def parse_args() -> argparse.Namespace:

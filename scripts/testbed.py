@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from models.files import read_json, write_json, write_whole
+from models.plan import load_plan
 from models.provenance import environment
 from training import arguments
 
@@ -87,11 +88,25 @@ def finetune(
         "--prefix", f"tune-{name}", "--val-data-path", args.work / "train", args.work / "heldout",
         "--max-steps", args.steps, "--lr", 3e-4, "--ema-decay", 0.99, *more, gpu=gpu,
     )  # fmt: skip
-    folder = args.work / "runs" / f"tune-{name}-DiT-Mini-2"
+    model = load_plan(plan).model_name.replace("/", "-")
+    folder = args.work / "runs" / f"tune-{name}-{model}"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     found = {key: value for line in lines for key, value in line.items()}
     losses = {f"{part}_mse": found[f"val_mse/{part}"] for part in ("train", "heldout")}
     return folder / "checkpoints" / f"{args.steps:07d}.pt", losses
+
+
+def losses(plan: Path, name: str, seed: int, args: argparse.Namespace, gpu: int = 0) -> dict:
+    """The losses that `finetune` gives, of a plan's model as it starts."""
+    out = args.work / "losses" / f"{name}.json"
+    out.parent.mkdir(exist_ok=True)
+    stores = {f"{part}_mse": str(args.work / part) for part in ("train", "heldout")}
+    entry(
+        "scripts/validation_loss.py", "--config", plan, "--data-path", *stores.values(),
+        "--out", out, "--global-seed", seed, gpu=gpu,
+    )  # fmt: skip
+    found = read_json(out, "rerun")
+    return {metric: found[store]["mse"] for metric, store in stores.items()}
 
 
 def score(
@@ -180,6 +195,12 @@ def cell(records: list[dict], metric: str) -> str:
         return "-"
     mean = f"{statistics.mean(values):.{DIGITS[metric]}f}"
     return f"{mean} ± {statistics.stdev(values):.{DIGITS[metric]}f}" if len(values) > 1 else mean
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write_tables(page: Path, script: str, text: str) -> None:

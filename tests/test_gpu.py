@@ -122,14 +122,22 @@ def mini(tmp_path_factory):
 SELECT = ("prune_by_learning.py", "--delta-w", "--lora", "--tau-range", 4, 4)
 
 
-@pytest.mark.parametrize("entry", [("finetune_tinyfusion.py",), SELECT], ids=lambda e: e[0][:-3])
-def test_compiled_steps_follow_eager_ones(mini, entry):
+@pytest.mark.parametrize(
+    "entry, config",
+    [
+        (("finetune_tinyfusion.py",), "75p_swa"),
+        (("finetune_tinyfusion.py",), "parallel_pairs"),
+        (SELECT, "75p_swa"),
+    ],
+    ids=["finetune", "parallel_pairs", "select"],
+)
+def test_compiled_steps_follow_eager_ones(mini, entry, config):
     """bf16 rounding apart: the same data, noise and draws, so the losses stay together."""
     losses = {}
     for mode in ("--compile", "--no-compile"):
-        prefix = f"{entry[0][:-3]}{mode}"
+        prefix = f"{entry[0][:-3]}-{config}{mode}"
         run(
-            *entry, "--config", "configs/mini/75p_swa.yaml", mode, "--results-dir", mini,
+            *entry, "--config", f"configs/mini/{config}.yaml", mode, "--results-dir", mini,
             "--data-path", mini / "latents", "--prefix", prefix, "--max-steps", 12,
             "--global-batch-size", 32, "--log-every", 1,
         )  # fmt: skip

@@ -22,6 +22,7 @@ from models.operators.stacked import obstacle, run_both
 from models.plan import differences, write_plan
 from models.restructure import ParallelPair, all_pairs, parallelize
 from models.selection import GraftPair
+from scripts.restructuring_study import HALF, every_second
 from training.distillation import Students, Teacher
 from training.knowledge import WithHidden
 from training.lora import add_lora
@@ -224,14 +225,10 @@ def test_pairs_start_nearer_than_dropping_every_second_block():
     base = load_file(REPOSITORY / "assets/mini/dit_mini.safetensors")
     assert report.counts() == {"base": len(base), "sum": 28}
     whole, _ = build_grafted(plan.plain())
-    dropped = build_dit(plan.model_name, plan.input_size, plan.num_classes, depth=14)
-    halved = {
-        name.replace(f"blocks.{i}.", f"blocks.{i // 2}."): tensor.float()
-        for name, tensor in base.items()
-        for i in [int(name.split(".")[1]) if name.startswith("blocks.") else 0]
-        if i % 2 == 0
-    }
-    dropped.load_state_dict(halved, strict=True)
+    dropped = build_dit(HALF, plan.input_size, plan.num_classes)
+    state = {name: tensor.float() for name, tensor in every_second(base).items()}
+    assert torch.equal(state["blocks.3.mlp.fc1.bias"], base["blocks.6.mlp.fc1.bias"].float())
+    dropped.load_state_dict(state, strict=True)
     torch.manual_seed(0)
     x, y = torch.randn(4, 4, 16, 16), torch.tensor([0, 3, 5, 9])
     with torch.inference_mode():
