@@ -19,11 +19,11 @@ from models.provenance import environment
 
 LABELS = {
     "fid": "FID",
+    "fd_mini": "fd_mini",
     "sfid": "sFID",
     "is": "IS",
     "precision": "precision",
     "recall": "recall",
-    "fd_mini": "fd_mini",
 }
 
 

@@ -403,7 +403,7 @@ def test_scores_of_folders_equal_both_other_tools(tmp_path, inception_weights, m
     )  # fmt: skip
     assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
     assert ours["is"] == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
-    assert ours["is"] > 1.5
+    assert ours["is"] > 1.2
     state = torch.load(inception_weights, weights_only=True)
     monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: state)
     expected = fid_score.calculate_fid_given_paths(
