@@ -18,6 +18,7 @@ Outputs: <results-dir>/<prefix>-<model>/ with operators/block01.mha.<operator>.p
 import argparse
 import time
 from dataclasses import replace
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -31,10 +32,11 @@ from models.grafting import with_base
 from models.operators.accelerators import accelerate
 from models.plan import find_file, plan_from_flags, write_plan
 from models.provenance import environment
-from training import arguments, checkpoint, distributed, precision
+from training import arguments, checkpoint, distributed, nonfinite, precision
 from training.compilation import compile_model, compile_step
 from training.distillation import (
     LOSSES,
+    PATIENCE,
     Best,
     Steps,
     Students,
@@ -46,14 +48,13 @@ from training.distillation import (
 )
 from training.draws import HELD_OUT_EPOCH, draw
 from training.optimizer import StepGuard, adamw, count, schedule
-from training.runlog import RunLog, watched
+from training.runlog import Means, RunLog, watched
 from training.validation import read_rows
 
 # A resumed run must have these flags as it was begun with
 FIXED = ("num_samples", "val_samples", "loss_mha", "loss_mlp", "huber_delta", "gate_weighting")
 FIXED += ("lr", "lr_schedule", "lr_end_factor", "milestones", "lr_gamma", "warmup_steps")
 FIXED += ("weight_decay", "clip_grad", "class_dropout", "loss_pair")
-PATIENCE = 20  # steps left out in a row after which an operator counts as failed
 
 
 def main(args: argparse.Namespace) -> None:
@@ -85,15 +86,7 @@ def main(args: argparse.Namespace) -> None:
     start_step = 0
     if resumed is not None:
         start_step = checkpoint.check(resumed, plan, args, extent.order, FIXED)
-    loader = LatentLoader(
-        store,
-        args.global_batch_size,
-        world,
-        args.global_seed,
-        start_step,
-        args.num_workers,
-        train_rows,
-    )
+    loader = LatentLoader.from_flags(args, store, world, start_step, train_rows)
 
     # Teacher and students
     dit, operators, report, notes = build_students(plan, args.global_seed)
@@ -106,7 +99,7 @@ def main(args: argparse.Namespace) -> None:
     log = RunLog(folder, world, vars(args), start_step=start_step)
     log.info(f"{plan.describe()}; {len(operators)} operators, {count(students.parameters()):,}")
     log.info(f"teacher: {'; '.join(report.lines())}; {len(dit.blocks)} blocks of it run")
-    for line in notes:
+    for line in notes if resumed is None else [f"resumed at step {start_step}"]:
         log.info(line)
     for line in accelerate(students, world.device, dtype, dit.num_tokens, args.kernels):
         log.info(line)
@@ -132,7 +125,13 @@ def main(args: argparse.Namespace) -> None:
             )
         )
     steps, best = Steps(guards, schedules), Best(students)
-    run = checkpoint.RunState(extent, world, plan, args, model=students, opt=steps, best=best)
+    slots = students.slots
+    names = [name_of(slot) for slot in slots]
+    parts = {"teacher": teacher, **dict(zip(names, students.operators, strict=True))}
+    means = Means(world, [f"loss/{name}" for name in names], args.grad_accum)
+    run = checkpoint.RunState(
+        extent, world, plan, args, means, model=students, opt=steps, best=best
+    )
     if resumed is not None:
         run.restore(resumed)
         del resumed
@@ -142,7 +141,6 @@ def main(args: argparse.Namespace) -> None:
         compile_model(students)
     net = distributed.wrap(world, students)
     diffusion = create_diffusion("")
-    slots = students.slots
 
     def batch_of(moments, index, labels, epoch, class_dropout):
         """What the teacher takes: noised latents, timesteps, labels and dropped labels."""
@@ -151,6 +149,12 @@ def main(args: argparse.Namespace) -> None:
             args.global_seed, epoch, index, x.shape[1:], diffusion.num_timesteps, class_dropout
         )
         return diffusion.q_sample(x, draws.t, draws.noise), draws.t, labels, draws.drop
+
+    def losses_of(net, teacher, part):
+        """The loss of every operator, [S], on a part of a batch."""
+        noised = batch_of(part.moments, part.index, part.labels, part.epoch, args.class_dropout)
+        with precision.autocast(world.device, dtype):
+            return net(*teacher(*noised))[0]
 
     def validate(step: int) -> None:
         """Validation of all operators; the best weights are kept."""
@@ -161,7 +165,6 @@ def main(args: argparse.Namespace) -> None:
         )
         losses, errors = validation(teacher, students, batches, world, dtype)
         best.update(losses, errors, step)
-        names = [name_of(slot) for slot in slots]
         log.metrics(step, **{f"val_loss/{n}": v for n, v in zip(names, losses, strict=True)})
         log.metrics(step, **{f"val_error/{n}": v for n, v in zip(names, errors, strict=True)})
         worst = max(range(len(errors)), key=errors.__getitem__)
@@ -170,39 +173,31 @@ def main(args: argparse.Namespace) -> None:
     # Training
     if start_step == 0:
         validate(0)
-    running = torch.zeros(2, len(slots), device=world.device)  # finite losses and their number
     logged_step, logged_at = start_step, time.perf_counter()
     before, _ = steps.skipped()
     bar = tqdm(total=total_steps, initial=start_step, disable=not watched(world), unit="step")
     for batch in loader:
         if batch.step >= total_steps:
             break
-        noised = batch_of(batch.moments, batch.index, batch.labels, batch.epoch, args.class_dropout)
-        with precision.autocast(world.device, dtype):
-            losses, _ = net(*teacher(*noised))
         steps.zero_grad()
-        losses.sum().backward()
+        for part in distributed.micro_batches(net, batch, args.grad_accum):
+            losses = losses_of(net, teacher, part)
+            (losses.sum() / args.grad_accum).backward()
+            means.add(losses)
         steps.step()
-        finite = losses.detach().isfinite()
-        running += torch.stack([torch.where(finite, losses.detach(), 0), finite.float()])
+        means.end_step()
 
         step = batch.step + 1
         bar.update()
         if step % args.log_every == 0 or step == total_steps:
-            skipped, in_a_row = steps.skipped()
+            again = partial(losses_of, students.forward, teacher.forward, batch)
+            skipped = steps.check(step, partial(nonfinite.where, world, means, parts, again))
             for i, (was, now) in enumerate(zip(before, skipped, strict=True)):
                 if now > was:
-                    log.info(f"{name_of(slots[i])}: not finite in {now - was} steps, left out")
+                    log.info(f"{names[i]}: not finite in {now - was} steps, left out")
             before = skipped
-            if min(in_a_row) >= PATIENCE:
-                raise ValueError(
-                    f"step {step}: no operator's gradient was finite for {PATIENCE} steps: look at "
-                    "the teacher and the data, or lower --lr"
-                )
-            total, number = distributed.sum_across(world, running)
-            means = total / number.clamp(min=1)
+            values = means.take()
             rate = (step - logged_step) / (time.perf_counter() - logged_at)
-            values = {f"loss/{name_of(s)}": v for s, v in zip(slots, means.tolist(), strict=True)}
             log.metrics(
                 step,
                 **values,
@@ -211,8 +206,8 @@ def main(args: argparse.Namespace) -> None:
                 steps_per_sec=rate,
                 images_per_sec=rate * args.global_batch_size,
             )
-            log.info(f"step {step:07d}  mean loss {means.mean():.5f}  {rate:.2f} steps/s")
-            running.zero_()
+            mean = sum(values.values()) / len(values)
+            log.info(f"step {step:07d}  mean loss {mean:.5f}  {rate:.2f} steps/s")
             logged_step, logged_at = step, time.perf_counter()
         if step % args.val_every == 0 or step == total_steps:
             began = time.perf_counter()
@@ -225,8 +220,8 @@ def main(args: argparse.Namespace) -> None:
     # The operators
     skipped, in_a_row = steps.skipped()
     lost = [
-        name_of(slot)
-        for i, slot in enumerate(slots)
+        name
+        for i, name in enumerate(names)
         if best.steps[i] < 0 or in_a_row[i] >= PATIENCE or 2 * skipped[i] > total_steps
     ]
     if world.main:
@@ -255,12 +250,7 @@ def main(args: argparse.Namespace) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = arguments.parser(__doc__)
-    add = parser.add_argument_group("model and data").add_argument
-    add("--data-path", required=True, help="latent store, from extract_features.py")
-    add("--config-filepath", "--config", required=True, help="graft YAML: which operators, where")
-    add("--load-weight", help="base DiT checkpoint, instead of the YAML's base_ckpt_path")
-    add("--image-size", type=arguments.positive, help="pixels; must agree with the YAML")
-    add("--num-classes", type=arguments.positive, help="must agree with the YAML")
+    add = arguments.add_graft(parser)
     add(
         "--num-samples",
         type=arguments.positive,

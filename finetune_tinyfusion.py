@@ -18,6 +18,7 @@ torchrun, on CPU or GPU.
 import argparse
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,13 +30,13 @@ from latents.store import open_latents
 from models.grafting import build_grafted, with_base
 from models.operators.accelerators import accelerate
 from models.plan import plan_from_flags, write_plan
-from training import arguments, checkpoint, distributed, precision
+from training import arguments, checkpoint, distributed, nonfinite, precision
 from training.compilation import compile_step
 from training.draws import draw
 from training.ema import Ema
 from training.knowledge import WithHidden, distilled_losses, pretrained
 from training.optimizer import StepGuard, adamw, count, schedule
-from training.runlog import RunLog, watched
+from training.runlog import Means, RunLog, watched
 from training.validation import validation_loss
 
 # A resumed run must have these flags as it was begun with
@@ -75,9 +76,7 @@ def main(args: argparse.Namespace) -> None:
     start_step = 0
     if resumed is not None:
         start_step = checkpoint.check(resumed, plan, args, extent.order, FIXED)
-    loader = LatentLoader(
-        store, args.global_batch_size, world, args.global_seed, start_step, args.num_workers, rows
-    )
+    loader = LatentLoader.from_flags(args, store, world, start_step, rows)
 
     # Model: every tensor from a file, or from the checkpoint that is resumed; its teacher
     model, report = build_grafted(plan, weights=resumed is None)
@@ -113,61 +112,64 @@ def main(args: argparse.Namespace) -> None:
     )
     guard = StepGuard(optimizer, args.clip_grad)
     ema = Ema(model, args.ema_decay)
+    names = ("loss", "mse", "vb") if teacher is None else ("loss", "mse", "vb", "kd", "features")
+    means = Means(world, names, args.grad_accum)
     run = checkpoint.RunState(
-        extent, world, plan, args, model=model, ema=ema, opt=optimizer, sched=lr, guard=guard
+        extent, world, plan, args, means, model=model, ema=ema, opt=optimizer, sched=lr, guard=guard
     )
     if resumed is not None:
         run.restore(resumed)
         del resumed
-    latents, draws_of = compile_step(world, args.compile, learner, store.latents, draw)
+    latents, draws_of = compile_step(
+        world, args.compile, learner, store.latents, draw, graphs=args.grad_accum == 1
+    )
     if teacher is not None:
         compile_step(world, args.compile, teacher)
     net = distributed.wrap(world, learner)
     diffusion = create_diffusion("")
 
+    def losses(net, part):
+        """The loss terms of a part of a batch, each a mean over it, in the order of `names`."""
+        seed, epoch, index = args.global_seed, part.epoch, part.index
+        x = latents(part.moments, index, seed, epoch)  # [B,C,H,W]
+        draws = draws_of(
+            seed, epoch, index, x.shape[1:], diffusion.num_timesteps, args.class_dropout
+        )
+        labels = {"y": part.labels, "drop": draws.drop}
+        with precision.autocast(world.device, dtype):
+            if teacher is None:
+                terms = diffusion.training_losses(net, x, draws.t, labels, noise=draws.noise)
+            else:
+                beta = args.feature_weight * (1 - part.step / total_steps)
+                terms = distilled_losses(
+                    diffusion, net, teacher, x, draws, labels, args.kd_weight, beta
+                )
+        return torch.stack([terms[name].mean() for name in names])
+
     # Training
-    names = ("loss", "mse", "vb") if teacher is None else ("loss", "mse", "vb", "kd", "features")
-    running = torch.zeros(len(names) + 1, device=world.device)  # sums since the last line; how many
     logged_step, logged_at = start_step, time.perf_counter()
     bar = tqdm(total=total_steps, initial=start_step, disable=not watched(world), unit="step")
     for batch in loader:
         if batch.step >= total_steps:
             break
-        x = latents(batch.moments, batch.index, args.global_seed, batch.epoch)  # [B,C,H,W]
-        draws = draws_of(
-            args.global_seed,
-            batch.epoch,
-            batch.index,
-            x.shape[1:],
-            diffusion.num_timesteps,
-            args.class_dropout,
-        )
-        labels = {"y": batch.labels, "drop": draws.drop}
-        with precision.autocast(world.device, dtype):
-            if teacher is None:
-                terms = diffusion.training_losses(net, x, draws.t, labels, noise=draws.noise)
-            else:
-                beta = args.feature_weight * (1 - batch.step / total_steps)
-                terms = distilled_losses(
-                    diffusion, net, teacher, x, draws, labels, args.kd_weight, beta
-                )
-        loss = terms["loss"].mean()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        for part in distributed.micro_batches(net, batch, args.grad_accum):
+            terms = losses(net, part)
+            (terms[0] / args.grad_accum).backward()
+            means.add(terms)
         norm = guard.step()
         lr.step()
         ema.update()
+        means.end_step()
 
         step = batch.step + 1
-        now = torch.stack([*(terms[k].detach().mean() for k in names), torch.ones_like(loss)])
-        running += torch.where(loss.isfinite(), now.detach(), 0)
         bar.update()
         if step % args.log_every == 0 or step == total_steps:
-            skipped = guard.check(step)
-            *sums, number = distributed.sum_across(world, running).tolist()
+            again = partial(losses, learner.forward, batch)
+            where = partial(nonfinite.where, world, means, {"": model}, again)
+            skipped = guard.check(step, where)
             rate = (step - logged_step) / (time.perf_counter() - logged_at)
-            values = {k: v / max(1, number) for k, v in zip(names, sums, strict=True)}
-            values |= {
+            values = means.take() | {
                 "grad_norm": norm.item(),
                 "lr": lr.get_last_lr()[0],
                 "steps_per_sec": rate,
@@ -179,7 +181,6 @@ def main(args: argparse.Namespace) -> None:
                 f"step {step:07d}  loss {values['loss']:.4f}  mse {values['mse']:.4f}  "
                 f"lr {values['lr']:.2e}  {rate:.2f} steps/s"
             )
-            running.zero_()
             logged_step, logged_at = step, time.perf_counter()
         due = step == total_steps or (args.val_every and step % args.val_every == 0)
         began = time.perf_counter()

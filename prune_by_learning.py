@@ -19,6 +19,7 @@ Outputs: <results-dir>/<prefix>-<model>/ with selection.json (the decision and i
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,13 +32,13 @@ from models.grafting import build_choices, load_plan, variants_of, with_base
 from models.operators.accelerators import accelerate
 from models.plan import plan_from_flags
 from models.selection import GatedDiT, LayerGates, settle
-from training import arguments, checkpoint, distributed, precision
+from training import arguments, checkpoint, distributed, nonfinite, precision
 from training.compilation import compile_step
 from training.draws import draw
 from training.ema import Ema
 from training.lora import add_lora
 from training.optimizer import StepGuard, adamw, count, schedule
-from training.runlog import RunLog, cut_records, watched
+from training.runlog import Means, RunLog, cut_records, watched
 from training.selection_report import (
     TRAJECTORY,
     decision,
@@ -75,9 +76,7 @@ def main(args: argparse.Namespace) -> None:
     start_step = 0
     if resumed is not None:
         start_step = checkpoint.check(resumed, plan, args, extent.order, FIXED)
-    loader = LatentLoader(
-        store, args.global_batch_size, world, args.global_seed, start_step, args.num_workers
-    )
+    loader = LatentLoader.from_flags(args, store, world, start_step)
 
     # Model: original and grafts in every open block; what is trained beside the gates
     model, reports = build_choices(plans, args.global_seed)
@@ -124,21 +123,40 @@ def main(args: argparse.Namespace) -> None:
     lr = schedule(optimizer, "constant", total_steps=total_steps)
     guard = StepGuard(optimizer, args.clip_grad)
     ema = Ema(gated, args.ema_decay)
+    means = Means(world, ["loss"], args.grad_accum)
     run = checkpoint.RunState(
-        extent, world, plan, args, model=gated, ema=ema, opt=optimizer, sched=lr, guard=guard
+        extent, world, plan, args, means, model=gated, ema=ema, opt=optimizer, sched=lr, guard=guard
     )
     if resumed is not None:
         run.restore(resumed)
         del resumed
+    graphs = args.grad_accum == 1
     latents, draws_of, uniform = compile_step(
-        world, args.compile, model, store.latents, draw, noise.uniform
+        world, args.compile, model, store.latents, draw, noise.uniform, graphs=graphs
     )
     net = distributed.wrap(world, gated)
     diffusion = create_diffusion("")
     options = sum(o.shape[0] for o in gates.options)
 
+    def loss_of(net, part, tau, scaling):
+        """The loss of a part of a batch, a mean over it."""
+        seed, epoch, index = args.global_seed, part.epoch, part.index
+        x = latents(part.moments, index, seed, epoch)  # [B,C,H,W]
+        draws = draws_of(
+            seed, epoch, index, x.shape[1:], diffusion.num_timesteps, args.class_dropout
+        )
+        inputs = {
+            "y": part.labels,
+            "drop": draws.drop,
+            "uniform": uniform(seed, noise.GATE, index, (options,), step=epoch),
+            "tau": tau,
+            "scaling": scaling,
+        }
+        with precision.autocast(world.device, dtype):
+            terms = diffusion.training_losses(net, x, draws.t, inputs, noise=draws.noise)
+        return terms["loss"].mean()
+
     # Training
-    running = torch.zeros(2, device=world.device)  # sum of the loss since the last line, how many
     logged_step, logged_at = start_step, time.perf_counter()
     scaling = args.scaling_range[-1]
     bar = tqdm(total=total_steps, initial=start_step, disable=not watched(world), unit="step")
@@ -147,35 +165,23 @@ def main(args: argparse.Namespace) -> None:
             break
         done = batch.step / max(total_steps - 1, 1)
         tau, scaling = ramp(args.tau_range, done), ramp(args.scaling_range, done)
-        seed, epoch, index = args.global_seed, batch.epoch, batch.index
-        x = latents(batch.moments, index, seed, epoch)  # [B,C,H,W]
-        draws = draws_of(
-            seed, epoch, index, x.shape[1:], diffusion.num_timesteps, args.class_dropout
-        )
-        inputs = {
-            "y": batch.labels,
-            "drop": draws.drop,
-            "uniform": uniform(seed, noise.GATE, index, (options,), step=epoch),
-            "tau": tau,
-            "scaling": scaling,
-        }
-        with precision.autocast(world.device, dtype):
-            terms = diffusion.training_losses(net, x, draws.t, inputs, noise=draws.noise)
-        loss = terms["loss"].mean()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        for part in distributed.micro_batches(net, batch, args.grad_accum):
+            loss = loss_of(net, part, tau, scaling)
+            (loss / args.grad_accum).backward()
+            means.add(loss[None])
         guard.step()
         lr.step()
         ema.update()
+        means.end_step()
 
         step = batch.step + 1
-        now = torch.stack([loss.detach(), torch.ones_like(loss)])
-        running += torch.where(loss.isfinite(), now, 0)
         bar.update()
         if step % args.log_every == 0 or step == total_steps:
-            skipped = guard.check(step)
-            total, number = distributed.sum_across(world, running).tolist()
-            mean = total / max(1, number)
+            again = partial(loss_of, gated.forward, batch, tau, scaling)
+            where = partial(nonfinite.where, world, means, {"": model}, again)
+            skipped = guard.check(step, where)
+            mean = means.take()["loss"]
             rate = (step - logged_step) / (time.perf_counter() - logged_at)
             average = ema.averaged("gates")
             confidence = [p.max().item() for p in average.probabilities(scaling)]
@@ -196,7 +202,6 @@ def main(args: argparse.Namespace) -> None:
             )
             if world.main:
                 write_trajectory_line(trajectory, step, average, scaling)
-            running.zero_()
             logged_step, logged_at = step, time.perf_counter()
         if path := run.step_done(step, logged=logged_step == step):
             log.info(f"saved {path}")
@@ -234,9 +239,7 @@ def ramp(ends: list[float], done: float) -> float:
 
 def parse_args() -> argparse.Namespace:
     parser = arguments.parser(__doc__)
-    add = parser.add_argument_group("model and data").add_argument
-    add("--data-path", required=True, help="latent store, from extract_features.py")
-    add("--config-filepath", "--config", required=True, help="graft YAML to choose from")
+    add = arguments.add_graft(parser)
     add(
         "--candidates",
         nargs="*",
@@ -244,9 +247,6 @@ def parse_args() -> argparse.Namespace:
         metavar="YAML",
         help="further graft YAMLs of the same model whose operators compete with --config's",
     )
-    add("--load-weight", help="base DiT checkpoint, instead of the YAML's base_ckpt_path")
-    add("--image-size", type=arguments.positive, help="pixels; must agree with the YAML")
-    add("--num-classes", type=arguments.positive, help="must agree with the YAML")
     add = parser.add_argument_group("selection").add_argument
     add(
         "--groups",

@@ -1,5 +1,6 @@
 """Batches of a latent store: order = f(seed, epoch), whatever the world size or the first step."""
 
+from argparse import Namespace
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -69,6 +70,12 @@ class Batch:
     moments: torch.Tensor
     labels: torch.Tensor
 
+    def parts(self, number: int) -> list["Batch"]:
+        """The batch cut, in order, into `number` batches of equal size."""
+        tensors = (self.index, self.moments, self.labels)
+        pieces = zip(*(tensor.chunk(number) for tensor in tensors), strict=True)
+        return [Batch(self.step, self.epoch, *piece) for piece in pieces]
+
 
 class LatentLoader:
     """Iterates endlessly from `start_step` over a store; every pass drops the last short batch.
@@ -78,12 +85,13 @@ class LatentLoader:
 
     Args:
         rows: int64, the places of the images to read; None: all.
+        grad_accum: parts into which the training cuts its part of a batch; must divide it.
 
     Attributes:
         store: the LatentStore. steps_per_epoch: images // global_batch.
 
     Raises:
-        ValueError: global_batch is not divisible by the world size or exceeds the images.
+        ValueError: global_batch is not divisible by world size x grad_accum, or exceeds the images.
     """
 
     def __init__(
@@ -95,11 +103,14 @@ class LatentLoader:
         start_step: int = 0,
         num_workers: int = 2,
         rows: torch.Tensor | None = None,
+        grad_accum: int = 1,
     ) -> None:
-        if global_batch < 1 or global_batch % world.size:
+        shares = world.size * grad_accum
+        if global_batch < 1 or global_batch % shares:
+            accumulated = f" x --grad-accum {grad_accum}" if grad_accum > 1 else ""
             raise ValueError(
                 f"--global-batch-size {global_batch} is not divisible by the {world.size} "
-                f"processes; use a multiple of {world.size}"
+                f"processes{accumulated}; use a multiple of {shares}"
             )
         self.rows = torch.arange(len(store)) if rows is None else rows
         if len(self.rows) < global_batch:
@@ -114,6 +125,27 @@ class LatentLoader:
         self.steps_per_epoch = len(self.rows) // global_batch
         self._orders: dict[int, torch.Tensor] = {}
         self._lock = Lock()
+
+    @classmethod
+    def from_flags(
+        cls,
+        args: Namespace,
+        store: LatentStore,
+        world: "World",
+        start_step: int,
+        rows: torch.Tensor | None = None,
+    ) -> "LatentLoader":
+        """The loader that a training entry's flags mean."""
+        return cls(
+            store,
+            args.global_batch_size,
+            world,
+            args.global_seed,
+            start_step,
+            args.num_workers,
+            rows,
+            args.grad_accum,
+        )
 
     def _order(self, epoch: int) -> torch.Tensor:
         with self._lock:

@@ -3,9 +3,12 @@
 import contextlib
 import importlib
 import io
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,6 +35,75 @@ def refused_here(entry: str, *flags) -> str:
         sys.argv = argv
     assert ended.value.code == 2
     return heard.getvalue()
+
+
+class Forked:
+    """An entry in `ranks` processes that are forked from this one: without the time to import.
+
+    Attributes:
+        processes: in rank order.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        entry: str,
+        *flags,
+        ranks: int = 1,
+        before: Callable[[int], object] | None = None,
+    ) -> None:
+        """folder: takes what the processes say; before: called in each, with its rank, at first."""
+        module = importlib.import_module(entry.removesuffix(".py"))
+        self.entry, self.outputs = entry, [folder / f"rank{rank}.txt" for rank in range(ranks)]
+        port = free_port()
+
+        def work(rank: int) -> None:
+            with open(self.outputs[rank], "wb") as heard:
+                os.dup2(heard.fileno(), 1)
+                os.dup2(heard.fileno(), 2)
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # not pytest's
+            os.chdir(REPOSITORY)
+            if ranks > 1:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+            sys.argv = [entry, *map(str, flags)]
+            if before is not None:
+                before(rank)
+            distributed.run(module.main, module.parse_args())
+
+        fork = multiprocessing.get_context("fork")
+        self.processes = [fork.Process(target=work, args=(rank,)) for rank in range(ranks)]
+        for process in self.processes:
+            process.start()
+
+    def kill(self) -> None:
+        """Ends all processes at once, as kill -9 does."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+    def said(self) -> str:
+        """What the processes wrote, rank after rank."""
+        return "".join(path.read_text() for path in self.outputs)
+
+    def join(self, code: int = 0, seconds: float = 120) -> str:
+        """Waits for all to end with exit code `code`; what they wrote."""
+        for process in self.processes:
+            process.join(seconds)
+        codes = [process.exitcode for process in self.processes]
+        if None in codes:
+            self.kill()
+        assert codes == [code] * len(codes), f"{self.entry} ended with {codes}: {self.said()}"
+        return self.said()
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def run(*command, processes: int = 0, fails: bool = False, here: bool = False) -> str:

@@ -12,17 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from diffusion import create_diffusion, noise
+from latents.loader import Batch, LatentLoader
 from latents.store import open_latents
 from models.dit import DiT
 from models.plan import GraftPlan
-from training import arguments, checkpoint, distributed
+from training import arguments, checkpoint, distributed, nonfinite
 from training.draws import draw
 from training.ema import Ema
 from training.lora import add_lora, merge_lora
 from training.optimizer import StepGuard, adamw, schedule
-from training.runlog import RunLog, cut_records
+from training.runlog import Means, RunLog, cut_records
 from training.validation import validation_loss
 
 CPU = distributed.World(0, 0, 1, torch.device("cpu"))
@@ -185,13 +187,13 @@ def test_step_with_nan_is_skipped_and_counted():
         assert math.isnan(step(math.nan))
     torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
     assert optimizer.state[layer.weight]["step"].item() == 1
-    assert guard.check(3) == 2
+    assert guard.check(3, None) == 2
     step(1.0)
     assert not torch.equal(layer.weight, before["weight"])
     for _ in range(3):
         step(math.inf)
-    with pytest.raises(RuntimeError, match="step 7.*3 steps in a row"):
-        guard.check(7)
+    with pytest.raises(ValueError, match="step 7.*3 steps in a row: loss nan; lower --lr"):
+        guard.check(7, lambda: "loss nan")
 
 
 def test_draws_do_not_depend_on_the_batch():
@@ -301,8 +303,9 @@ def run_state(folder, **flags):
     settings = {"ckpt_every": 2, "keep_last": None, "keep_every": None, **flags}
     extent = checkpoint.Extent(folder, 5, 10, {"images": 9})
     layer = torch.nn.Linear(2, 2)
+    means = Means(CPU, ["loss"])
     return checkpoint.RunState(
-        extent, CPU, plan, Namespace(**settings), model=layer, opt=layer
+        extent, CPU, plan, Namespace(**settings), means, model=layer, opt=layer
     ), layer
 
 
@@ -358,3 +361,46 @@ def test_a_signal_ends_the_run_after_a_whole_checkpoint(tmp_path):
         run.step_done(5, False)
     assert checkpoint.load(tmp_path / "checkpoints/0000005.pt")["train_steps"] == 5
     assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_the_first_activation_that_is_not_finite_is_named():
+    torch.manual_seed(0)
+    model = DiT(input_size=8, hidden_size=32, depth=3, num_heads=2, num_classes=3)
+    for name, parameter in model.named_parameters():
+        if "adaLN" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 1])
+    again = lambda: model.forward(*inputs)  # noqa: E731
+    assert nonfinite.first_nonfinite({"": model}, again) is None
+    means = Means(CPU, ["loss", "mse"], parts=2)
+    for value in (1.0, 3.0):
+        means.add(torch.tensor([value, math.inf]))
+    means.end_step()
+    said = nonfinite.where(CPU, means, {"": model}, again)
+    assert said == "on rank 0 loss 2, mse inf; its activations are finite"
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.bias[3] = math.inf
+    assert nonfinite.first_nonfinite({"": model}, again) == "blocks.1.mlp.fc2"
+    assert nonfinite.first_nonfinite({"dit": model}, again) == "dit.blocks.1.mlp.fc2"
+    assert not any(module._forward_hooks for module in model.modules())
+    assert means.take()["loss"] == 2 and math.isnan(means.take()["loss"])
+
+
+def test_parts_of_a_batch_reduce_gradients_once():
+    class Net(DistributedDataParallel):
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+            self.require_backward_grad_sync = True
+
+    index = torch.arange(6)
+    batch = Batch(3, 1, index, index[:, None] * 2.0, index * 3)
+    net, seen = Net(), []
+    for part in distributed.micro_batches(net, batch, 3):
+        assert (part.step, part.epoch) == (3, 1) and torch.equal(part.labels, part.index * 3)
+        seen.append((part.index.tolist(), net.require_backward_grad_sync))
+    assert seen == [([0, 1], False), ([2, 3], False), ([4, 5], True)]
+    assert len(list(distributed.micro_batches(torch.nn.Linear(1, 1), batch, 6))) == 6
+    with pytest.raises(
+        ValueError, match="by the 2 processes x --grad-accum 4; use a multiple of 8"
+    ):
+        LatentLoader(None, 12, distributed.World(0, 0, 2, CPU.device), 0, grad_accum=4)

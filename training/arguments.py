@@ -62,6 +62,17 @@ decay = _number(float, lambda x: 0 <= x < 1, "a number of at least 0 and below 1
 guidance = _number(float, lambda x: x >= 1, "a number of at least 1")
 
 
+def add_graft(parser: argparse.ArgumentParser) -> Callable:
+    """The flags of what is grafted and on which latents; returns the group's add_argument."""
+    add = parser.add_argument_group("model and data").add_argument
+    add("--data-path", required=True, help="latent store, from extract_features.py")
+    add("--config-filepath", "--config", required=True, help="graft YAML: which operators, where")
+    add("--load-weight", help="base DiT checkpoint, instead of the YAML's base_ckpt_path")
+    add("--image-size", type=positive, help="pixels; must agree with the YAML")
+    add("--num-classes", type=positive, help="must agree with the YAML")
+    return add
+
+
 def add_run(parser: argparse.ArgumentParser, prefix: str) -> Callable:
     """The flags of a training run's extent and record; returns the group's add_argument."""
     add = parser.add_argument_group("run").add_argument
@@ -71,6 +82,12 @@ def add_run(parser: argparse.ArgumentParser, prefix: str) -> Callable:
     add("--epochs", type=positive, default=1400, help="passes over the data")
     add("--max-steps", type=positive, help="end earlier, after so many steps")
     add("--global-batch-size", type=positive, default=256, help="images a step, in all")
+    add(
+        "--grad-accum",
+        type=positive,
+        default=1,
+        help="passes a step, each of an equal part of the batch: less memory, the same result",
+    )
     add("--global-seed", type=seed, default=0, help="all random numbers follow from it")
     add("--log-every", type=positive, default=100, help="steps between log lines")
     add("--ckpt-every", type=positive, default=10_000, help="steps between checkpoints")

@@ -16,6 +16,7 @@ from models.plan import GraftPlan, differences
 from training import distributed
 from training.distributed import Preempted, World, barrier, gather_objects
 from training.preemption import StopSignals
+from training.runlog import Means
 
 FORMAT = 1
 KEYS = ("model", "opt", "train_steps", "plan", "rng", "position", "args", "entry")
@@ -181,15 +182,22 @@ class RunState:
         world: this process's place; rank 0 writes.
         plan: what the model is.
         args: the entry's flags.
+        means: the sums of the log line to come; every process has its own.
         parts: "model", "ema", "opt", "sched" and others with state_dict and load_state_dict.
     """
 
     def __init__(
-        self, extent: Extent, world: World, plan: GraftPlan, args: Namespace, **parts
+        self,
+        extent: Extent,
+        world: World,
+        plan: GraftPlan,
+        args: Namespace,
+        means: Means,
+        **parts,
     ) -> None:
         self.folder = extent.folder / "checkpoints"
         self.extent, self.world, self.plan, self.args = extent, world, plan, args
-        self.parts = parts
+        self.means, self.parts = means, parts
         self.signals = StopSignals()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future | None = None
@@ -202,6 +210,8 @@ class RunState:
         """
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
+        if "means" in state:  # older files have none
+            self.means.load_state_dict(state["means"])
         if len(state["rng"]) == self.world.size:
             mine = state["rng"][self.world.rank]
             torch.set_rng_state(mine["cpu"])
@@ -241,7 +251,7 @@ class RunState:
         rng = {"cpu": torch.get_rng_state()}
         if self.world.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.world.device)
-        rng = gather_objects(self.world, rng)
+        rng, means = zip(*gather_objects(self.world, (rng, self.means.state_dict())), strict=True)
         path = self.folder / f"{step:07d}.pt"
         self._wait()
         if self.world.main:
@@ -255,7 +265,8 @@ class RunState:
                 "entry": entry_name(),
                 "train_steps": step,
                 "plan": self.plan.architecture(),
-                "rng": rng,
+                "rng": list(rng),
+                "means": list(means),
                 "position": position,
                 "args": vars(self.args),
             }

@@ -22,16 +22,21 @@ def compile_model(model: torch.nn.Module, graphs: bool = False) -> None:
 
 
 def compile_step(
-    world: World, wanted: bool, model: torch.nn.Module | None, *functions: Callable
+    world: World,
+    wanted: bool,
+    model: torch.nn.Module | None,
+    *functions: Callable,
+    graphs: bool = True,
 ) -> tuple[Callable, ...]:
     """Compiles a step's model in place and gives back its functions, compiled.
 
     Alone on a GPU the model runs as CUDA graphs, which take the launches of its kernels off the
     host; with several processes it does not, because gradients then leave the graph to be reduced.
-    On the CPU, or when not wanted, nothing changes.
+    Neither does it without `graphs`: gradients that are to be accumulated lie in memory that the
+    graphs' next run overwrites. On the CPU, or when not wanted, nothing changes.
     """
     if not wanted or world.device.type != "cuda":
         return functions
     if model is not None:
-        compile_model(model, graphs=world.size == 1)
+        compile_model(model, graphs=graphs and world.size == 1)
     return tuple(torch.compile(function, options=FUNCTION_OPTIONS) for function in functions)

@@ -8,7 +8,7 @@ holds, it learns to add to its input what the two blocks in sequence added.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from training.distributed import World
 from training.optimizer import StepGuard
 
 LOSSES = ("l1", "l2", "huber")
+PATIENCE = 20  # steps left out in a row after which an operator counts as failed
 GATE_CHUNK = {"mha": 2, "mlp": 5}  # of the six parts of a block's adaLN modulation
 
 Slot = tuple[int, str]  # (block, "mha" or "mlp"), or of a parallel pair (its first block, PAIR)
@@ -252,6 +253,23 @@ class Steps:
         """
         counts = torch.stack([torch.stack([g.skipped, g.in_a_row]) for g in self.guards])
         return tuple(counts.int().T.tolist())
+
+    def check(self, step: int, where: Callable[[], str]) -> list[int]:
+        """Steps that each operator left out in all.
+
+        Args:
+            where: says what is not finite, see `training.nonfinite.where`; called before raising.
+
+        Raises:
+            ValueError: no operator took one of the last `PATIENCE` steps.
+        """
+        skipped, in_a_row = self.skipped()
+        if min(in_a_row) >= PATIENCE:
+            raise ValueError(
+                f"step {step}: no operator's gradient was finite for {min(in_a_row)} steps in a "
+                f"row: {where()}; look at the teacher and the data, or lower --lr"
+            )
+        return skipped
 
     def state_dict(self) -> dict:
         """For a checkpoint."""

@@ -6,15 +6,19 @@ import sys
 import time
 import traceback
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from latents.loader import Batch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 T = TypeVar("T")
@@ -126,6 +130,18 @@ def wrap(world: World, module: torch.nn.Module) -> torch.nn.Module:
     return DistributedDataParallel(
         module, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
     )
+
+
+def micro_batches(net: torch.nn.Module, batch: "Batch", number: int) -> Iterator["Batch"]:
+    """The batch in `number` parts, one a forward and backward pass of `net`, a `wrap`ped module.
+
+    The processes average their gradients once, in the last part's backward pass.
+    """
+    *first, last = batch.parts(number)
+    wrapped = isinstance(net, DistributedDataParallel)
+    with net.no_sync() if wrapped else nullcontext():
+        yield from first
+    yield last
 
 
 def decide(world: World, choose: Callable[[], T]) -> T:

@@ -1,7 +1,7 @@
 """AdamW, learning-rate schedules, and a step that every process takes or skips together."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -89,12 +89,20 @@ class StepGuard:
         self.skipped.copy_(state["skipped"])
         self.in_a_row.copy_(state["in_a_row"])
 
-    def check(self, step: int) -> int:
-        """Number of skipped steps so far (waits for the device); raises after too many in a row."""
-        if self.in_a_row.item() >= self.patience:
-            raise RuntimeError(
-                f"step {step}: the gradient was not finite for {self.patience} steps in a row; "
-                "lower --lr, add --warmup-steps, or look at the data"
+    def check(self, step: int, where: Callable[[], str]) -> int:
+        """Number of skipped steps so far (waits for the device).
+
+        Args:
+            where: says what is not finite, see `training.nonfinite.where`; called before raising.
+
+        Raises:
+            ValueError: after too many in a row, on every process.
+        """
+        in_a_row = int(self.in_a_row.item())
+        if in_a_row >= self.patience:
+            raise ValueError(
+                f"step {step}: the gradient was not finite for {in_a_row} steps in a row: "
+                f"{where()}; lower --lr, add --warmup-steps, or look at the data"
             )
         return int(self.skipped.item())
 

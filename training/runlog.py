@@ -5,11 +5,14 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from models.files import write_whole
 from models.provenance import environment
-from training.distributed import World
+from training.distributed import World, sum_across
 
 
 def watched(world: World) -> bool:
@@ -27,6 +30,55 @@ def cut_records(path: Path, step: int) -> None:
         if whole and json.loads(line)["step"] <= step:
             kept.append(line)
     write_whole(path, lambda partial: partial.write_text("".join(kept), encoding="utf-8"))
+
+
+class Means:
+    """Means of the loss terms over all processes and the steps since the last log line.
+
+    A value that is not finite does not count. Nothing waits for the device before `take`.
+
+    Args:
+        world: this process's place.
+        names: of the terms.
+        parts: passes a step, see `training.distributed.micro_batches`.
+
+    Attributes:
+        last: [K], the terms of this process's last whole step.
+    """
+
+    def __init__(self, world: World, names: Sequence[str], parts: int = 1) -> None:
+        self.world, self.names, self.parts = world, tuple(names), parts
+        self.last = torch.zeros(len(self.names), device=world.device)
+        self._now = torch.zeros_like(self.last)
+        self._sums = torch.zeros(2, len(self.names), device=world.device)  # and how many
+
+    def add(self, terms: torch.Tensor) -> None:
+        """The terms [K] of one pass, means over its samples."""
+        self._now += terms.detach() / self.parts
+
+    def end_step(self) -> None:
+        """Ends a step of `parts` passes."""
+        finite = self._now.isfinite()
+        self._sums += torch.stack([torch.where(finite, self._now, 0), finite.float()])
+        self.last, self._now = self._now, torch.zeros_like(self._now)
+
+    def take(self) -> dict[str, float]:
+        """The means, which begin anew; NaN for a term that was never finite."""
+        total, number = sum_across(self.world, self._sums.clone())
+        self._sums.zero_()
+        return dict(zip(self.names, (total / number).tolist(), strict=True))
+
+    def state_dict(self) -> list[list[float]]:
+        """This process's sums, for a checkpoint."""
+        return self._sums.tolist()
+
+    def load_state_dict(self, states: list[list[list[float]]]) -> None:
+        """Takes all processes' sums back; rank 0 takes the whole where their number has changed."""
+        held = torch.tensor(states)
+        if len(states) == self.world.size:
+            self._sums.copy_(held[self.world.rank])
+        elif self.world.main:
+            self._sums.copy_(held.sum(0))
 
 
 class RunLog:
