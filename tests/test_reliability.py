@@ -7,15 +7,21 @@ import hashlib
 import importlib
 import io
 import json
+import os
 import random
 import re
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from entries import Forked
+from entries import REPOSITORY, Forked, free_port
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from latents.loader import LatentLoader
@@ -306,3 +312,135 @@ def test_a_run_that_stays_nan_ends_and_says_where(tiny, stage):
     assert "error: step 24: " in said and "finite for 20 steps in a row: on rank 1 loss" in said
     place = "teacher.dit.x_embedder" if stage.startswith("distill") else "x_embedder"
     assert f"that is not finite is what {place}.proj gives" in said
+
+
+@pytest.mark.parametrize("stage", ACCUMULATED)
+def test_a_signal_to_one_process_stops_all_after_a_checkpoint(tiny, stage):
+    """The end is that of an undisturbed run; the stop falls on a step without a checkpoint."""
+    name = stage.split("_")[0]
+
+    def signal_at_five(rank):
+        done = checkpoint.RunState.step_done
+
+        def noted(self, step, logged):
+            if rank == 1 and step == 5:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return done(self, step, logged)
+
+        checkpoint.RunState.step_done = noted
+
+    begin(tiny, stage, f"{name}-calm", ranks=2).join()
+    flags = ["--ckpt-every", 4]
+    run = begin(tiny, stage, f"{name}-stop", *flags, ranks=2, before=signal_at_five)
+    said = run.join(code=distributed.PREEMPTED)
+    assert "stopped by a signal after step 6; --resume auto goes on from" in said
+    assert newest_whole(tiny, f"{name}-stop") == 6
+    begin(tiny, stage, f"{name}-stop", *flags, "--resume", "auto", ranks=2).join()
+    assert_same_end(tiny, f"{name}-calm", f"{name}-stop")
+
+
+def test_processes_that_do_not_meet_end_with_one_line(tiny):
+    """Of two only one begins; and a port that another program holds."""
+
+    def alone(rank):
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        os.environ |= {"MASTER_PORT": str(free_port()), "LOCAL_RANK": "0"}
+        distributed.PREFLIGHT_SECONDS = 1.5
+
+    stage = "finetune_tinyfusion.py"
+    said = begin(tiny, stage, "alone", before=alone).join(code=2)
+    assert re.match(
+        r"error: rank 0 of 2 on \S+ did not meet the others at 127.0.0.1:\d+ within", said
+    )
+    assert "NCCL_SOCKET_IFNAME" in said and said.count("\n") == 1
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+
+        def late(rank):
+            alone(rank)
+            os.environ["MASTER_PORT"] = str(taken.getsockname()[1])
+
+        said = begin(tiny, stage, "late", before=late).join(code=2)
+    assert said.splitlines()[-1].startswith("error: rank 0 of 2 on ") and "Traceback" not in said
+    assert not list(tiny.glob("alone-DiT*")) and not list(tiny.glob("late-DiT*"))
+
+
+@pytest.mark.slow
+def test_two_nodes_train_like_one_process(tiny):
+    """scripts/two_nodes.sh: two agents of torchrun on this machine, each with two processes."""
+    content = yaml.safe_load((tiny / "graft.yaml").read_text())
+    content["sample_config"] |= {"dit_model_name": "DiT-S/8", "image_size": 64}
+    content["sample_config"]["base_ckpt_path"] = None
+    (tiny / "small.yaml").write_text(yaml.safe_dump(content))
+    torch.manual_seed(0)
+    torch.save(build_dit("DiT-S/8", 8, num_classes=3).state_dict(), tiny / "small.pt")
+    flags = ["--config", tiny / "small.yaml", "--load-weight", tiny / "small.pt"]
+    flags += ["--max-steps", 4, "--ckpt-every", 4]
+    begin(tiny, "finetune_tinyfusion.py", "one-node", *flags).join()
+    command = ["--data-path", tiny / "latents", "--results-dir", tiny, "--prefix", "two-nodes"]
+    command += ["--global-batch-size", 4, "--lr", 1e-3, "--log-every", 2, "--device", "cpu"]
+    command += STAGES["finetune_tinyfusion.py"] + flags
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment |= {"GPUS": "2", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    nodes = [
+        subprocess.Popen(
+            ["bash", REPOSITORY / "scripts/two_nodes.sh", "finetune_tinyfusion.py"]
+            + [str(word) for word in command],
+            env={**environment, "NODE_RANK": str(node)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    said = [node.communicate(timeout=240)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    runs = [tiny / f"{name}-DiT-S-8" / "metrics.jsonl" for name in ("one-node", "two-nodes")]
+    one, two = ([json.loads(line) for line in run.read_text().splitlines()] for run in runs)
+    assert [line["step"] for line in one] == [line["step"] for line in two] == [2, 4]
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    assert "4 x cpu" in said[0] and "steps/s" not in said[1], "only rank 0 speaks"
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(75, True), (0, False), (2, False)])
+def test_slurm_example_starts_tasks_and_queues_again(tmp_path, code, requeued):
+    """Its srun and scontrol are played: two tasks that say where they are, and exit with `code`."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "srun").write_text(
+        "#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nexport SLURM_NTASKS=2\n"
+        'SLURM_PROCID=0 SLURM_LOCALID=0 "$@" & first=$!\n'
+        'SLURM_PROCID=1 SLURM_LOCALID=0 "$@"; wait $first\n'
+    )
+    (tools / "scontrol").write_text(
+        f'#!/bin/bash\n[ "$1" = show ] && printf "a1\\na2\\n" || echo "$@" > {tmp_path}/queued\n'
+    )
+    (tools / "python").symlink_to(sys.executable)
+    for tool in ("srun", "scontrol"):
+        (tools / tool).chmod(0o755)
+    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+    (tmp_path / "task.py").write_text(
+        "import os, sys\n"
+        f"print(*[os.environ[n] for n in {names}], *sys.argv[1:])\nsys.exit({code})\n"
+    )
+    ended = subprocess.run(
+        ["bash", REPOSITORY / "scripts/slurm.sh", "task.py", "--lr", "1"],
+        env={
+            "PATH": f"{tools}:/usr/bin:/bin",
+            "SLURM_SUBMIT_DIR": str(tmp_path),
+            "SLURM_JOB_NODELIST": "a[1-2]",
+            "SLURM_JOB_ID": "7",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == code, ended.stderr
+    assert sorted(ended.stdout.splitlines()) == [
+        f"{rank} 0 2 a1 20007 --lr 1 --resume auto" for rank in range(2)
+    ]
+    assert (tmp_path / "queued").is_file() == requeued
+    if requeued:
+        assert (tmp_path / "queued").read_text() == "requeue 7\n"

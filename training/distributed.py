@@ -2,7 +2,9 @@
 
 import errno
 import os
+import socket
 import sys
+import threading
 import time
 import traceback
 from argparse import Namespace
@@ -24,6 +26,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 T = TypeVar("T")
 
 
+PREFLIGHT_SECONDS = 300.0  # in which all processes of a run must have found each other
 PREEMPTED = 75  # exit code EX_TEMPFAIL, on which a scheduler can be told to requeue
 
 
@@ -60,7 +63,8 @@ def start(device: str | None = None, timeout_minutes: float = 30.0) -> World:
         timeout_minutes: how long a collective may wait before the run fails.
 
     Raises:
-        ValueError: CUDA was asked for and is not there, or a node has fewer GPUs than processes.
+        ValueError: CUDA was asked for and is not there, a node has fewer GPUs than processes, or
+            the processes cannot reach each other.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -86,12 +90,44 @@ def start(device: str | None = None, timeout_minutes: float = 30.0) -> World:
         target = torch.device("cuda", index)
         torch.cuda.set_device(target)
     if size > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
-        dist.init_process_group(
-            "nccl" if target.type == "cuda" else "gloo",
-            timeout=timedelta(minutes=timeout_minutes),
-            device_id=target if target.type == "cuda" else None,
-        )
+        _meet(rank, size, target, timedelta(minutes=timeout_minutes))
     return World(rank, local_rank, size, target)
+
+
+def _meet(rank: int, size: int, device: torch.device, timeout: timedelta) -> None:
+    """Joins the process group and sums one number over it, or ends this process in good time."""
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    alone = f"rank {rank} of {size} on {socket.gethostname()} did not meet the others at {place}"
+    advice = (
+        "every node must run the same command with the same number of nodes and reach that port; "
+        "where nodes have several networks, name the interface in NCCL_SOCKET_IFNAME (CPU: "
+        "GLOO_SOCKET_IFNAME)"
+    )
+
+    def give_up() -> None:
+        late = f"error: {alone} within {PREFLIGHT_SECONDS:g} seconds: {advice}"
+        print(late, file=sys.stderr, flush=True)
+        os._exit(2)  # the main thread waits in a library that nothing else interrupts
+
+    clock = threading.Timer(PREFLIGHT_SECONDS, give_up)
+    clock.daemon = True
+    clock.start()
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
+        present = torch.ones((), device=device)
+        dist.all_reduce(present)
+        met = int(present.item())
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{alone} ({reason}): {advice}") from error
+    finally:
+        clock.cancel()
+    if met != size:
+        raise ValueError(f"{alone}: {met} of {size} processes answered; {advice}")
 
 
 def stop() -> None:
