@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> None:
     plan = plan_from_flags(args.config_filepath, None, args.image_size, args.num_classes)
     plan = with_base(plan, args.load_weight)
     store = open_latents(args.data_path, num_classes=plan.num_classes)
-    store.check_shape((4, plan.input_size, plan.input_size), f"{plan.model_name} of {plan.path}")
+    store.check_plan(plan)
     wanted = args.num_samples + args.val_samples
     if len(store) < wanted:
         raise ValueError(

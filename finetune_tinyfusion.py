@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
     plan = plan_from_flags(args.config_filepath, args.model, args.image_size, args.num_classes)
     plan = with_base(plan, args.load_weight)
     store = open_latents(args.data_path, num_classes=plan.num_classes)
-    store.check_shape((4, plan.input_size, plan.input_size), f"{plan.model_name} of {plan.path}")
+    store.check_plan(plan)
     rows = None
     if args.num_images is not None:
         rows = balanced_rows(store.labels, args.num_images, args.global_seed)
@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
             "under which their losses would be logged; rename one"
         )
     for other in held_out.values():
-        other.check_shape(store.shape, f"{plan.model_name} of {plan.path}")
+        other.check_plan(plan)
     resumed = checkpoint.find(world, args.resume, folder)
     start_step = 0
     if resumed is not None:

@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
     plans = [plan, *(with_base(load_plan(file), args.load_weight) for file in args.candidates)]
     gates = LayerGates(plan.depth, args.groups, args.pin, variants=variants_of(plans))
     store = open_latents(args.data_path, num_classes=plan.num_classes)
-    store.check_shape((4, plan.input_size, plan.input_size), f"{plan.model_name} of {plan.path}")
+    store.check_plan(plan)
     architectures = json.dumps([each.architecture() for each in plans], sort_keys=True)
     extent = checkpoint.extent(args, plan, len(store), plans=architectures)
     folder, total_steps = extent.folder, extent.total_steps

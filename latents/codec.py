@@ -1,5 +1,6 @@
 """The VAE between pixels and latents, behind the two calls that the pipeline makes of it."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from models.files import file_sha256, read_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HUB_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+PUBLISHED_SCALE = 0.18215
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 # Pixels that pass the network at once: bounds its memory whatever batch the caller holds. It is a
 # constant because another split of a batch may round differently.
@@ -75,6 +77,26 @@ class Codec:
             images = (images.float() * 127.5 + 128.0).clamp(0, 255)  # -1..1; uint8 cuts, so rounds
             parts.append(images.to(torch.uint8).permute(0, 2, 3, 1))
         return torch.cat(parts).contiguous()
+
+
+def scale_of(vae: str | Path) -> float:
+    """The factor of a VAE's latents, without its weights: "ema", "mse", or a folder.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder's config.json is missing or damaged.
+    """
+    if vae in HUB_NAMES:
+        return PUBLISHED_SCALE
+    path = Path(vae) / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"VAE {vae}: {path} is missing; name a diffusers AutoencoderKL folder"
+        )
+    scale = read_json(path, f"VAE {vae} needs its {CONFIG} anew")
+    scale = scale.get("scaling_factor", PUBLISHED_SCALE)  # the library's default too
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+        raise ValueError(f"VAE {vae}: {path}: scaling_factor {scale!r} must be a number above 0")
+    return float(scale)
 
 
 def load_codec(

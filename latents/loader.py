@@ -81,7 +81,8 @@ class LatentLoader:
     """Iterates endlessly from `start_step` over a store; every pass drops the last short batch.
 
     Global batch k of an epoch is `epoch_order(...)[k * G : (k + 1) * G]`; rank r takes its r-th
-    contiguous slice. Batches are read ahead in threads and handed over on `world.device`.
+    contiguous slice. Batches are read ahead in threads and handed over on `world.device`. At the
+    start one shard, another for every rank and first step, is checked against its sha256.
 
     Args:
         rows: int64, the places of the images to read; None: all.
@@ -91,7 +92,8 @@ class LatentLoader:
         store: the LatentStore. steps_per_epoch: images // global_batch.
 
     Raises:
-        ValueError: global_batch is not divisible by world size x grad_accum, or exceeds the images.
+        ValueError: global_batch is not divisible by world size x grad_accum, or exceeds the images;
+            or the shard is damaged.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class LatentLoader:
         self.global_batch, self.seed, self.start_step = global_batch, seed, start_step
         self.num_workers = num_workers
         self.steps_per_epoch = len(self.rows) // global_batch
+        store.verify_one(seed, start_step, world.rank)
         self._orders: dict[int, torch.Tensor] = {}
         self._lock = Lock()
 

@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -26,19 +27,31 @@ import numpy as np
 import torch
 
 from diffusion import noise
+from latents.codec import HUB_NAMES, PUBLISHED_SCALE, scale_of
+from models.config_files import places
 from models.files import file_sha256, read_json, write_json, write_whole
+from models.graft_plan import GraftPlan
 
 FORMAT, VERSION = "latent-store", 1
 ARRAY_NAMES = {"moments": "moments", "sample": "latents"}  # kind -> what its arrays are called
-OLD_SCALE = 0.18215  # the old layout was only ever written with the sd-vae-ft-* VAEs
+OLD_SCALE = PUBLISHED_SCALE  # the old layout was only ever written with the sd-vae-ft-* VAEs
+FLAGS = Path("flags")  # the path of a plan that no YAML holds
+OLD_PART = 1024  # files that `verify` takes together, as it takes a shard
 OLD_NAME = re.compile(r"imagenet\d+_features")
 REQUIRED = ("version", "kind", "count", "shape", "dtype", "mirrors", "scale", "vae", "vae_sha256")
 REQUIRED += ("image_size", "crop", "class_names", "skipped", "shards")
 
 
+log = logging.getLogger(__name__)
+
+
 def _save_array(path: Path, array: np.ndarray) -> None:
-    with open(path, "wb") as file:  # given a name, numpy would add its own suffix
-        np.save(file, array, allow_pickle=False)
+    """As numpy.save, but for the error of a full disk, which keeps its reason."""
+    with open(path, "wb") as file:
+        array = np.ascontiguousarray(array)
+        header = np.lib.format.header_data_from_array_1_0(array)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(array.reshape(-1).view(np.uint8).data)
 
 
 class StoreWriter:
@@ -235,7 +248,13 @@ class _Shards:
         if shard not in self._maps:
             record = self._records[shard]
             path = self._folder / record[self._name]["file"]
-            rows = np.load(path, mmap_mode="r", allow_pickle=False)
+            try:
+                rows = np.load(path, mmap_mode="r", allow_pickle=False)
+            except (OSError, ValueError, EOFError) as error:
+                raise ValueError(
+                    f"{path} has gone or changed since the store was opened ({error}): rerun "
+                    "extract_features.py"
+                ) from error
             if rows.shape != (record["count"], *self._row) or rows.dtype != self._dtype:
                 raise ValueError(
                     f"{path} holds {rows.dtype} {list(rows.shape)}, not {self._dtype} "
@@ -254,9 +273,12 @@ class _Shards:
             out[places] = rows[local]
         return out
 
-    def verify(self) -> None:
-        for record in self._records:
-            fault = _fault(self._folder, record, contents=True)
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def verify(self, shards: Iterable[int]) -> None:
+        for shard in shards:
+            fault = _fault(self._folder, self._records[shard], contents=True)
             if fault is not None:
                 raise ValueError(f"{fault}: rerun extract_features.py to repair {self._folder}")
 
@@ -311,7 +333,7 @@ class _OldFiles:
             whole = np.concatenate([head, labels])
             write_whole(cache, lambda partial: _save_array(partial, whole), durable=False)
         except OSError as error:
-            logging.getLogger(__name__).warning(
+            log.warning(
                 "%s cannot be written (%s): the labels are read file by file at every start",
                 cache,
                 error,
@@ -335,8 +357,13 @@ class _OldFiles:
             out[i] = array
         return out
 
-    def verify(self) -> None:
-        self.gather(np.arange(len(self._numbers)))
+    def __len__(self) -> int:
+        return -(-len(self._numbers) // OLD_PART)
+
+    def verify(self, parts: Iterable[int]) -> None:
+        for part in parts:
+            rows = np.arange(part * OLD_PART, min((part + 1) * OLD_PART, len(self._numbers)))
+            self.gather(rows)
 
 
 class LatentStore:
@@ -383,9 +410,43 @@ class LatentStore:
                 f"{list(shape)}: extract again with its --image-size and --vae, or change the model"
             )
 
+    def check_plan(self, plan: GraftPlan) -> None:
+        """ValueError unless a plan's model can train on these latents: their shape and their scale.
+
+        The scale is that of the plan's VAE. It is not compared where that VAE is a folder that is
+        not here, nor for a model from scratch of which no YAML names a VAE.
+        """
+        side = plan.input_size
+        self.check_shape((4, side, side), f"{plan.model_name} of {plan.path}")
+        vae = plan.vae
+        if vae not in HUB_NAMES:
+            found = [place for place in places(vae, plan.path) if place.is_dir()]
+            if not found:
+                log.warning(
+                    "VAE %s of %s is not here: whether %s was made with it is not checked",
+                    vae,
+                    plan.path,
+                    self.path,
+                )
+                return
+            vae = found[0]
+        elif plan.path == FLAGS and plan.base_ckpt_path is None:
+            return
+        scale = scale_of(vae)
+        if not math.isclose(self.scale, scale, rel_tol=1e-4):
+            raise ValueError(
+                f"{self.path} holds latents of VAE {self.manifest['vae']}, scaled by {self.scale}; "
+                f"VAE {plan.vae} of {plan.path} scales by {scale}: extract again with that VAE, or "
+                "name the other in the YAML's sample_config (vae)"
+            )
+
     def verify(self) -> None:
         """Reads every file and checks it against its sha256; ValueError names what differs."""
-        self._rows.verify()
+        self._rows.verify(range(len(self._rows)))
+
+    def verify_one(self, *chance: int) -> None:
+        """As `verify`, one shard that follows from the numbers `chance`."""
+        self._rows.verify([int(np.random.default_rng(chance).integers(len(self._rows)))])
 
     def read(self, indices: torch.Tensor) -> torch.Tensor:
         """Rows of the store as they are stored, on the CPU.

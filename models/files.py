@@ -6,10 +6,21 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 STALE_SECONDS = 3600.0  # nothing is written for so long without a change to its partial file
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Within it an OSError that names no file, as of a full disk, gets the name of `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def write_whole(path: str | Path, write: Callable[[Path], object], durable: bool = True) -> None:
@@ -24,11 +35,12 @@ def write_whole(path: str | Path, write: Callable[[Path], object], durable: bool
         remove_stale(path.parent, glob.escape(path.name))
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        write(partial)
-        if durable:
-            with open(partial, "rb+") as file:
-                os.fsync(file.fileno())
-        os.replace(partial, path)
+        with naming(path):
+            write(partial)
+            if durable:
+                with open(partial, "rb+") as file:
+                    os.fsync(file.fileno())
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     if not durable:

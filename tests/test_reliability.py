@@ -3,6 +3,7 @@
 A DiT of four small blocks learns from twelve random latents; most runs are forked processes.
 """
 
+import ctypes
 import hashlib
 import importlib
 import io
@@ -10,6 +11,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -17,14 +19,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from entries import REPOSITORY, Forked, free_port
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
+from latents import store as store_module
 from latents.loader import LatentLoader
+from latents.store import StoreWriter
 from models.dit import PRESETS, build_dit
 from training import checkpoint, distributed
 
@@ -444,3 +450,144 @@ def test_slurm_example_starts_tasks_and_queues_again(tmp_path, code, requeued):
     assert (tmp_path / "queued").is_file() == requeued
     if requeued:
         assert (tmp_path / "queued").read_text() == "requeue 7\n"
+
+
+def small_disk(megabytes, folder):
+    """Puts a file system of so many megabytes at `folder`, for this process alone."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    uid, gid = os.getuid(), os.getgid()
+    if libc.unshare(0x10000000 | 0x00020000):  # users and mounts
+        os._exit(77)
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
+    folder.mkdir(exist_ok=True)
+    size = f"size={int(megabytes * 1024)}k".encode()
+    if libc.mount(b"none", str(folder).encode(), b"tmpfs", 0, size):
+        os._exit(77)
+
+
+@pytest.mark.parametrize("stage", ACCUMULATED)
+def test_a_full_disk_is_one_error_and_costs_no_checkpoint(tiny, stage):
+    """A disk with room for one checkpoint and a half; the first is whole when the run has ended."""
+    name = stage.split("_")[0] + "-full"
+    begin(tiny, stage, f"{name}-size", "--max-steps", 3).join()
+    (file,) = (tiny / f"{name}-size-DiT-Tiny-2" / "checkpoints").glob("*.pt")
+    room = 1.5 * file.stat().st_size / 2**20 + 0.1
+    disk = tiny / f"{name}-disk"
+
+    def before(rank):
+        small_disk(room, disk)
+        end = sys.exit
+
+        def look_first(code):
+            kept = newest_whole(disk, name)
+            left = [path.name for path in disk.rglob("*.partial")]
+            print(f"kept step {kept}, partial files {left}", flush=True)
+            end(code)
+
+        distributed.sys = SimpleNamespace(exit=look_first, stderr=sys.stderr, argv=sys.argv)
+
+    run = begin(tiny, stage, name, "--results-dir", disk, before=before)
+    run.processes[0].join()
+    if run.processes[0].exitcode == 77:
+        pytest.skip("this system lets no user mount a file system of his own")
+    said = run.join(code=2)
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in said, said
+    assert re.search(r"No space left on device: '\S+/checkpoints/0000006.pt'", errors[0]), errors
+    assert "kept step 3, partial files []" in said
+
+
+def test_a_limit_on_file_sizes_is_one_error_too(tiny):
+    limit = lambda rank: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))  # noqa: E731
+    said = begin(tiny, "finetune_tinyfusion.py", "limit", before=limit).join(code=2)
+    assert "Traceback" not in said
+    assert re.search(r"error: \[Errno 27\] File too large: '\S+/0000003.pt'\n$", said)
+
+
+def as_plain_user(rank):
+    """Root keeps its files but may no longer pass over their permissions."""
+    if os.getuid():
+        return
+    libc = ctypes.CDLL(None)
+    head = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    held = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice
+    assert libc.capget(head, held) == 0
+    held[0] &= ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert libc.capset(head, held) == 0
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_unwritable_results_folder_is_one_error(tiny, stage):
+    closed = tiny / f"closed-{stage}"
+    closed.mkdir()
+    (closed / "earlier.txt").write_text("kept")
+    closed.chmod(0o555)
+    flags = ["--results-dir", closed / "deep"]
+    said = begin(tiny, stage, "closed", *flags, before=as_plain_user).join(code=2)
+    assert said.startswith("error: [Errno 13] Permission denied: ") and said.count("\n") == 1
+    assert str(closed) in said
+    assert [p.name for p in closed.iterdir()] == ["earlier.txt"]
+
+
+def sharded(folder, scale=0.18215):
+    """A store of twelve images in three shards."""
+    settings = {"kind": "sample", "count": 12, "shard_size": 4, "shape": [4, 8, 8]}
+    settings |= {"dtype": "float16", "mirrors": 1, "vae": "ema", "vae_sha256": "0", "scale": scale}
+    settings |= {"image_size": 32, "crop": "adm-center", "class_names": ["a", "b", "c"]}
+    writer = StoreWriter(folder, settings)
+    writer.begin([0, 1, 2])
+    for shard in range(3):
+        latents = np.random.default_rng(shard).normal(size=(4, 1, 4, 8, 8)).astype(np.float16)
+        writer.write_shard(shard, latents, np.arange(4) % 3, [])
+    writer.finish()
+    return folder
+
+
+def test_a_shard_that_vanishes_is_one_error(tiny):
+    """Before the run, and while it goes on: what was saved stays."""
+    store = sharded(tiny / "vanishing")
+    flags = ["--data-path", store, "--ckpt-every", 1, "--log-every", 1]
+
+    def vanish(rank):
+        done = checkpoint.RunState.step_done
+
+        def after(self, step, logged):
+            path = done(self, step, logged)
+            if step == 1:
+                self._wait()
+                for file in (store / "shards").glob("*-latents.npy"):
+                    file.unlink()
+            return path
+
+        gather = store_module._Shards.gather
+
+        def forgetful(self, indices):
+            self._maps.clear()  # as if every shard were new
+            return gather(self, indices)
+
+        checkpoint.RunState.step_done, store_module._Shards.gather = after, forgetful
+
+    stage = "finetune_tinyfusion.py"
+    said = begin(tiny, stage, "vanish", *flags, before=vanish).join(code=2)
+    assert "Traceback" not in said
+    last = said.splitlines()[-1]
+    assert re.match(r"error: \S+-latents.npy has gone or changed since the store was opened", last)
+    assert newest_whole(tiny, "vanish") >= 1
+    said = begin(tiny, stage, "vanish", *flags, "--resume", "auto").join(code=2)
+    assert re.fullmatch(r"error: \S+-latents.npy is missing: rerun extract_features.py .*\n", said)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_latents_of_another_scale_are_refused(tiny, stage):
+    store = tiny / "scaled"
+    if not store.exists():
+        sharded(store, scale=0.5)
+    said = begin(tiny, stage, "scaled", "--data-path", store).join(code=2)
+    assert re.fullmatch(
+        r"error: \S+/scaled holds latents of VAE ema, scaled by 0.5; VAE ema of \S+graft.yaml "
+        r"scales by 0.18215: extract again with that VAE, or name the other .*\n",
+        said,
+    )
+    assert not list(tiny.glob("scaled-DiT*"))

@@ -33,8 +33,23 @@ def save(path: str | Path, state: dict) -> None:
     path = Path(path)
     if not set(KEYS) <= set(state):
         raise ValueError(f"checkpoint {path}: entries {sorted(state)} lack some of {sorted(KEYS)}")
-    write_whole(path, lambda partial: torch.save({**state, "format": FORMAT}, partial))
+    write_tensors(path, {**state, "format": FORMAT})
     write_whole(path.with_name("latest"), lambda p: p.write_text(path.name + "\n"))
+
+
+def write_tensors(path: Path, state: dict) -> None:
+    """`torch.save`, whole or not at all; a full disk is an OSError as with any other file."""
+
+    def write(partial: Path) -> None:
+        with open(partial, "wb") as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # of its writer, which then misses bytes
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
+
+    write_whole(path, write)
 
 
 def load(path: str | Path) -> dict:

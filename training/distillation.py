@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.dit import DiT
-from models.files import write_json, write_whole
+from models.files import write_json
 from models.graft_plan import PAIR, GraftPlan
 from models.grafting import LoadReport, build_grafted
 from models.operators import build_operator
 from models.restructure import ParallelPair
 from models.weights import SLOTS
 from training import distributed, precision
+from training.checkpoint import write_tensors
 from training.distributed import World
 from training.optimizer import StepGuard
 
@@ -376,7 +377,7 @@ def write_operators(
             path = folder / "operators" / f"{name}.{operator}.pt"
             weights = {n: t.cpu() for n, t in best.weights[i].items()}
             state = {"model": weights, "provenance": {**provenance, **found}}
-            write_whole(path, lambda partial, state=state: torch.save(state, partial))
+            write_tensors(path, state)
             files[block, slot] = path.resolve()
     write_json(folder / "distillation.json", {"operators": summary, **provenance})
     return files

@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 
 PREFLIGHT_SECONDS = 300.0  # in which all processes of a run must have found each other
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 PREEMPTED = 75  # exit code EX_TEMPFAIL, on which a scheduler can be told to requeue
 
 
@@ -228,7 +229,7 @@ def run(main: Callable[[Namespace], None], args: Namespace) -> None:
 def _is_bad_input(error: Exception) -> bool:
     if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)):
         return True
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
         return True
     frame = traceback.extract_tb(error.__traceback__)[-1]
     ours = REPOSITORY in Path(frame.filename).resolve().parents

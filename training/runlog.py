@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from models.files import write_whole
+from models.files import naming, write_whole
 from models.provenance import environment
 from training.distributed import World, sum_across
 
@@ -81,6 +81,14 @@ class Means:
             self._sums.copy_(held.sum(0))
 
 
+class _LogFile(logging.FileHandler):
+    """log.txt; what cannot be written is an error of the run, as with its other files."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, the library's name
+        with naming(self.baseFilename):
+            raise  # what `emit` caught
+
+
 class RunLog:
     """Writes a run's record on rank 0; silent on the others.
 
@@ -113,7 +121,7 @@ class RunLog:
         form = logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S")
         for handler in (
             logging.StreamHandler(sys.stdout),
-            logging.FileHandler(self.folder / "log.txt", encoding="utf-8"),
+            _LogFile(self.folder / "log.txt", encoding="utf-8"),
         ):
             handler.setFormatter(form)
             self._logger.addHandler(handler)
@@ -136,8 +144,9 @@ class RunLog:
             return
         # JSON has no NaN or infinity
         plain = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._metrics.write(json.dumps({"step": step, "time": time.time(), **plain}) + "\n")
-        self._metrics.flush()
+        with naming(self._metrics.name):
+            self._metrics.write(json.dumps({"step": step, "time": time.time(), **plain}) + "\n")
+            self._metrics.flush()
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)

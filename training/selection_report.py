@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 from models.dit import DiT
-from models.files import file_sha256, write_json, write_whole
+from models.files import file_sha256, naming, write_json
 from models.grafting import LoadReport, build_choices
 from models.plan import GraftPlan, write_plan
 from models.provenance import environment
 from models.selection import LayerGates, settle
 from models.weights import SLOTS
+from training.checkpoint import write_tensors
 from training.lora import merge_lora
 
 TRAJECTORY = "trajectory.jsonl"
@@ -140,7 +141,7 @@ def _with_operators(
                 operator = getattr(model.blocks[block], SLOTS[graft.slot]).operator(variant)
                 path = folder / f"block{block:02d}.{graft.slot}.{graft.operator}.pt"
                 state = {"model": operator.state_dict()}
-                write_whole(path, lambda partial, state=state: torch.save(state, partial))
+                write_tensors(path, state)
                 files[block, graft.slot] = path.resolve()
         written.append((replace(plan, graft_weights=files), blocks))
     return written
@@ -168,7 +169,7 @@ def save_merged(path: Path, model: DiT, gates: LayerGates, plans: Sequence[Graft
         "model": model.state_dict(),
         "plan": replace(plans[0], grafts=tuple(grafts)).architecture(),
     }
-    write_whole(path, lambda partial: torch.save(merged, partial))
+    write_tensors(path, merged)
     start = replace(plans[0], grafted_ckpt_path=path.resolve(), graft_weights={})
     header = f"Starts from {path.name}, the model that selection trained."
     beside = [
@@ -204,7 +205,7 @@ def _best(probabilities: list[float]) -> int:
 def write_trajectory_line(path: Path, step: int, gates: LayerGates, scaling: float) -> None:
     """Appends the probability of every option, group by group, to trajectory.jsonl."""
     values = [p.double().tolist() for p in gates.probabilities(scaling)]
-    with open(path, "a", encoding="utf-8") as handle:
+    with naming(path), open(path, "a", encoding="utf-8") as handle:
         handle.write(json.dumps({"step": step, "probabilities": values}) + "\n")
 
 
