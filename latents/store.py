@@ -36,10 +36,28 @@ FORMAT, VERSION = "latent-store", 1
 ARRAY_NAMES = {"moments": "moments", "sample": "latents"}  # kind -> what its arrays are called
 OLD_SCALE = PUBLISHED_SCALE  # the old layout was only ever written with the sd-vae-ft-* VAEs
 FLAGS = Path("flags")  # the path of a plan that no YAML holds
+PLAIN_NAME = re.compile(r"(?:[\w-][\w.-]{0,99}/){0,9}[\w-][\w.-]{0,99}", re.ASCII)
 OLD_PART = 1024  # files that `verify` takes together, as it takes a shard
 OLD_NAME = re.compile(r"imagenet\d+_features")
-REQUIRED = ("version", "kind", "count", "shape", "dtype", "mirrors", "scale", "vae", "vae_sha256")
-REQUIRED += ("image_size", "crop", "class_names", "skipped", "shards")
+SIZE = range(2**48)
+FILE = {"file": str, "bytes": SIZE, "sha256": str}  # of a shard
+# What a manifest must hold beside its format: one of some values, a whole number, or a type
+MANIFEST = {
+    "version": range(1, 2**31),
+    "kind": tuple(ARRAY_NAMES),
+    "count": SIZE,
+    "shape": list,
+    "dtype": ("float16", "float32"),
+    "mirrors": range(1, 3),
+    "scale": (int, float),
+    "vae": str,
+    "vae_sha256": str,
+    "image_size": range(1, 2**31),
+    "crop": str,
+    "class_names": list,
+    "skipped": list,
+    "shards": list,
+}
 
 
 log = logging.getLogger(__name__)
@@ -194,8 +212,12 @@ def _short(value: object) -> str:
 def _inside(folder: Path, name: str, source: Path) -> Path:
     """A file that a manifest names; ValueError when it lies outside the store."""
     path = folder / name
-    if Path(name).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{source}: file {name!r} lies outside the store; paths must stay inside")
+    plain = PLAIN_NAME.fullmatch(name)
+    if not plain or not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"{source}: file {_short(name)} lies outside the store or has an odd name; paths must "
+            "stay inside and be of letters, digits and . _ -"
+        )
     return path
 
 
@@ -213,6 +235,15 @@ def _fault(folder: Path, record: dict, contents: bool) -> str | None:
         if contents and file_sha256(path) != part["sha256"]:
             return f"{path} differs from its sha256 {part['sha256'][:12]}"
     return None
+
+
+def _load_array(path: Path, mmap_mode: str | None = None) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a .npy array ({error}): extract the features again"
+        ) from error
 
 
 class _Shards:
@@ -236,7 +267,7 @@ class _Shards:
 
     def _shard_labels(self, record: dict) -> np.ndarray:
         path = self._folder / record["labels"]["file"]
-        labels = np.load(path, allow_pickle=False)
+        labels = _load_array(path)
         if labels.shape != (record["count"],) or labels.dtype != np.int64:
             raise ValueError(
                 f"{path} holds {labels.dtype} {list(labels.shape)}, not int64 [{record['count']}]: "
@@ -248,13 +279,7 @@ class _Shards:
         if shard not in self._maps:
             record = self._records[shard]
             path = self._folder / record[self._name]["file"]
-            try:
-                rows = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
-                raise ValueError(
-                    f"{path} has gone or changed since the store was opened ({error}): rerun "
-                    "extract_features.py"
-                ) from error
+            rows = _load_array(path, mmap_mode="r")
             if rows.shape != (record["count"], *self._row) or rows.dtype != self._dtype:
                 raise ValueError(
                     f"{path} holds {rows.dtype} {list(rows.shape)}, not {self._dtype} "
@@ -264,11 +289,11 @@ class _Shards:
         return self._maps[shard]
 
     def gather(self, indices: np.ndarray) -> np.ndarray:
-        out = np.empty((len(indices), *self._row), self._dtype)
         shards = np.searchsorted(self._ends, indices, side="right")
-        for shard in np.unique(shards):
+        maps = {shard: self._map(int(shard)) for shard in np.unique(shards)}
+        out = np.empty((len(indices), *self._row), self._dtype)
+        for shard, rows in maps.items():
             (places,) = np.nonzero(shards == shard)
-            rows = self._map(int(shard))
             local = indices[places] - (self._ends[shard] - len(rows))
             out[places] = rows[local]
         return out
@@ -297,7 +322,7 @@ class _OldFiles:
         if odd is not None:
             raise ValueError(f"{features / odd}.npy: the old layout's files are named 0.npy, 1.npy")
         self._numbers = np.sort(np.array(stems, dtype=np.int64))
-        first = self._load(features / f"{self._numbers[0]}.npy")
+        first = _load_array(features / f"{self._numbers[0]}.npy")
         if first.ndim != 4 or first.shape[0] not in (1, 2):
             raise ValueError(
                 f"{features}/{self._numbers[0]}.npy is {list(first.shape)}, not "
@@ -305,15 +330,6 @@ class _OldFiles:
             )
         self.row, self.dtype = first.shape, first.dtype
         self.labels = self._read_labels()
-
-    @staticmethod
-    def _load(path: Path) -> np.ndarray:
-        try:
-            return np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(
-                f"{path} cannot be read as a .npy array ({error}): extract the features again"
-            ) from error
 
     def _read_labels(self) -> np.ndarray:
         """int64 [N] from the cache file where that is of today's files, else from every file."""
@@ -323,7 +339,7 @@ class _OldFiles:
         changes = [entry.stat().st_mtime_ns for entry in os.scandir(folder)]
         head = np.array([len(changes), max(changes, default=0), *numbers], dtype=np.int64)
         with contextlib.suppress(ValueError):  # no cache, or a damaged one: it is made (again)
-            kept = self._load(cache)
+            kept = _load_array(cache)
             if kept.shape == (len(head) + len(numbers),) and (kept[: len(head)] == head).all():
                 return kept[len(head) :]
         chunks = np.array_split(numbers, -(-len(numbers) // 1000))
@@ -342,13 +358,13 @@ class _OldFiles:
 
     def _labels_of(self, numbers: np.ndarray) -> np.ndarray:
         files = (self._label_folder / f"{number}.npy" for number in numbers)
-        return np.array([int(self._load(file).reshape(-1)[0]) for file in files], dtype=np.int64)
+        return np.array([int(_load_array(file).reshape(-1)[0]) for file in files], dtype=np.int64)
 
     def gather(self, indices: np.ndarray) -> np.ndarray:
         out = np.empty((len(indices), *self.row), self.dtype)
         for i, number in enumerate(self._numbers[indices]):
             path = self._features / f"{number}.npy"
-            array = self._load(path)
+            array = _load_array(path)
             if array.shape != self.row:
                 raise ValueError(
                     f"{path} is {list(array.shape)}, the first file {list(self.row)}: extract the "
@@ -539,22 +555,30 @@ def _read_manifest(folder: Path) -> dict:
     manifest = read_json(path, "unfinished extraction, rerun extract_features.py")
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{path} is not the manifest of a latent store: format must be {FORMAT!r}")
-    missing = [key for key in REQUIRED if key not in manifest]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: rerun extract_features.py")
+    _check(path, "", manifest, MANIFEST)
     if manifest["version"] != VERSION:
         raise ValueError(
             f"{path}: version {manifest['version']} is not {VERSION}; extract again with this code"
         )
-    if manifest["kind"] not in ARRAY_NAMES:
-        raise ValueError(
-            f"{path}: kind {manifest['kind']!r} is none of {', '.join(ARRAY_NAMES)}; rerun "
-            "extract_features.py"
-        )
-    for record in manifest["shards"]:
-        for part in record.values():
-            if isinstance(part, dict):
-                _inside(folder, part["file"], path)
+    for key, fits in (
+        ("scale", 0 < manifest["scale"] < math.inf),
+        ("shape", [type(n) for n in manifest["shape"]] == [int] * 3 and min(manifest["shape"]) > 0),
+        ("class_names", all(isinstance(name, str) for name in manifest["class_names"])),
+    ):
+        if not fits:
+            raise ValueError(
+                f"{path}: {key} {_short(manifest[key])} is impossible; rerun extract_features.py"
+            )
+    for number, record in enumerate(manifest["shards"]):
+        where, arrays = f"shards[{number}]", (ARRAY_NAMES[manifest["kind"]], "labels")
+        _check(path, where, record, {"count": SIZE, **dict.fromkeys(arrays, dict)})
+        if odd := record.keys() - {"count", *arrays}:
+            raise ValueError(
+                f"{path}: {where}: unknown key {min(odd)!r}; rerun extract_features.py"
+            )
+        for name in arrays:
+            _check(path, f"{where}: {name}", record[name], FILE)
+            _inside(folder, record[name]["file"], path)
     total = sum(record["count"] for record in manifest["shards"])
     if total != manifest["count"] or total == 0:
         raise ValueError(
@@ -562,3 +586,25 @@ def _read_manifest(folder: Path) -> dict:
             "extract_features.py"
         )
     return manifest
+
+
+def _check(path: Path, where: str, found: object, legal: dict) -> None:
+    """ValueError unless `found` is a mapping that holds the keys of `legal`, each as it says."""
+    place = f"{path}: {where}: " if where else f"{path}: "
+    if not isinstance(found, dict):
+        raise ValueError(f"{place}{_short(found)} must be a mapping; rerun extract_features.py")
+    missing = [key for key in legal if key not in found]
+    if missing:
+        raise ValueError(f"{place}lacks {', '.join(missing)}: rerun extract_features.py")
+    for key, rule in legal.items():
+        value = found[key]
+        if isinstance(rule, tuple) and isinstance(rule[0], str):
+            fits, words = value in rule, f"none of {', '.join(map(str, rule))}"
+        elif isinstance(rule, range):
+            fits = type(value) is int and value in rule
+            words = f"no whole number from {rule.start} to {rule.stop - 1}"
+        else:
+            fits = isinstance(value, rule) and not isinstance(value, bool)
+            words = f"no {getattr(rule, '__name__', 'number')}"
+        if not fits:
+            raise ValueError(f"{place}{key} {_short(value)} is {words}; rerun extract_features.py")

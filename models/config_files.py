@@ -5,6 +5,9 @@ from pathlib import Path
 import yaml
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+LONGEST = 255  # characters of a name, which is as far as all file systems go in one part of a path
+DEEPEST = 100  # brackets within each other in a YAML
+MOST_NODES = 100_000  # values that a YAML may hold, those behind aliases counted at each
 
 
 def places(name: str | Path, yaml_path: Path) -> list[Path]:
@@ -26,8 +29,10 @@ def find_file(name: str | Path, yaml_path: Path, key: str, folder: bool = False)
 
     Raises:
         FileNotFoundError: in none of them; the message lists them.
-        ValueError: a folder where a file is meant.
+        ValueError: a folder where a file is meant, or no file can have such a name.
     """
+    if not str(name) or "\0" in str(name) or len(str(name)) > LONGEST:
+        raise ValueError(f"{yaml_path}: {key}: {str(name)[:80]!r} cannot be the name of a file")
     candidates = list(dict.fromkeys(places(name, yaml_path)))
     for place in candidates:
         if place.is_dir() and not folder:
@@ -78,6 +83,8 @@ def read_yaml(path: Path) -> dict:
     except (yaml.YAMLError, ValueError) as error:  # characters, or dates that do not exist
         reason = " ".join(str(error).split())
         raise ValueError(f"config {path}: not valid YAML: {reason}") from error
+    except RecursionError as error:
+        raise ValueError(f"config {path}: not valid YAML: nested too deep") from error
     if content is None:
         raise ValueError(f"config {path}: is empty")
     if not isinstance(content, dict):
@@ -87,6 +94,17 @@ def read_yaml(path: Path) -> dict:
 
 class _UniqueKeys(yaml.SafeLoader):
     """YAML lets the last of two equal keys win without a word; a graft plan must not."""
+
+    def fetch_flow_collection_start(self, kind):
+        if self.flow_level >= DEEPEST:
+            raise yaml.MarkedYAMLError(problem="nested too deep", problem_mark=self.get_mark())
+        super().fetch_flow_collection_start(kind)
+
+    def get_single_node(self):
+        node = super().get_single_node()
+        if node is not None:
+            _count(node, {})
+        return node
 
     def compose_mapping_node(self, anchor):
         node = super().compose_mapping_node(anchor)
@@ -101,6 +119,25 @@ class _UniqueKeys(yaml.SafeLoader):
                     )
                 seen.add(name)
         return node
+
+
+def _count(node: yaml.Node, counted: dict[yaml.Node, int | None]) -> int:
+    """Values that a node stands for: with aliases, a few lines can mean more than memory holds."""
+    if node in counted:
+        if counted[node] is None:
+            raise yaml.MarkedYAMLError(problem="holds itself", problem_mark=node.start_mark)
+        return counted[node]
+    counted[node] = None
+    number = 1
+    if isinstance(node, yaml.CollectionNode):
+        for item in node.value:
+            for child in item if isinstance(item, tuple) else (item,):
+                number += _count(child, counted)
+    if number > MOST_NODES:
+        problem = f"aliases multiply to more than {MOST_NODES:,} values"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    counted[node] = number
+    return number
 
 
 def check_keys(path: Path, where: str, found: dict, legal: dict, required: tuple = ()) -> None:

@@ -69,7 +69,7 @@ def read_json(path: str | Path, fix: str) -> dict:
     path = Path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not whole JSON ({error}): {fix}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object: {fix}")
