@@ -9,8 +9,9 @@ Outputs: <features-path>/manifest.json, shards/ and log.txt: the latent store th
 
 Moments are stored, not samples: training draws a new latent from the posterior, and one of the two
 mirrors, in every epoch. The bytes do not depend on the number of processes (of one kind of device).
-A run that was cut short goes on where it stopped: repeat the command. The same command runs without
-torchrun, on CPU or GPU; several nodes need a shared --features-path.
+A run that was cut short goes on where it stopped: repeat the command. With --verify a finished
+store is checked instead. The same command runs without torchrun, on CPU or GPU; several nodes need
+a shared --features-path.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from diffusion import noise
 from latents.codec import Codec, load_codec
 from latents.images import LabelledImages, collate
-from latents.store import StoreWriter
+from latents.store import StoreWriter, open_latents
 from training import arguments, distributed, precision
 from training.runlog import RunLog, watched
 
@@ -33,6 +34,9 @@ from training.runlog import RunLog, watched
 def main(args: argparse.Namespace) -> None:
     # Processes, pictures, VAE: all that can be wrong before any work starts
     world = distributed.start(args.device, timeout_minutes=240)
+    if args.verify:
+        verify(args.features_path, world)
+        return
     dtype = precision.choose(args.precision, world.device)
     precision.allow_tf32(dtype != torch.float32)
     pictures = LabelledImages(args.data_path, args.image_size)
@@ -122,6 +126,21 @@ def main(args: argparse.Namespace) -> None:
     distributed.stop()
 
 
+def verify(path: str, world: distributed.World) -> None:
+    """Checks a finished store's shards, shared out over the processes, against their sha256."""
+    store, fault = open_latents(path), None
+    try:
+        store.verify(world.rank, world.size)
+    except ValueError as error:
+        fault = str(error)
+    faults = [found for found in distributed.gather_objects(world, fault) if found is not None]
+    distributed.stop()
+    if faults:
+        raise ValueError("; ".join(faults))
+    if world.main:
+        print(f"{path}: all shards are whole ({len(store):,} images)")
+
+
 def usable_cpus() -> int:
     """Cores that this process may use; where the system does not say, all."""
     if hasattr(os, "sched_getaffinity"):
@@ -187,7 +206,7 @@ def describe(
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = arguments.parser(__doc__)
     add = parser.add_argument_group("data").add_argument
-    add("--data-path", required=True, help="image folder, <class>/<picture> below it")
+    add("--data-path", help="image folder, <class>/<picture> below it")
     add("--features-path", default="features", help="latent store to write")
     add("--image-size", type=arguments.positive, default=256, help="side of the crop, pixels")
     add(
@@ -202,6 +221,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="fail",
         help="unreadable pictures: end the run naming the file, or leave it out and list it in "
         "the manifest",
+    )
+    add(
+        "--verify",
+        action="store_true",
+        help="encode nothing; check the store at --features-path against its checksums",
     )
     add = parser.add_argument_group("encoding").add_argument
     add(
@@ -246,7 +270,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--results-dir", help="the log goes to --features-path")
     add("--epochs", type=int, help="every image is encoded once")
     add("--ckpt-every", type=int, help="every shard is a restart point")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.data_path is None and not args.verify:
+        parser.error("--data-path is required")
+    return args
 
 
 if __name__ == "__main__":

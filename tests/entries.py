@@ -1,6 +1,7 @@
 """The entries as a user starts them, on the miniature testbed and the CPU."""
 
 import contextlib
+import faulthandler
 import importlib
 import io
 import multiprocessing
@@ -62,6 +63,8 @@ class Forked:
                 os.dup2(heard.fileno(), 1)
                 os.dup2(heard.fileno(), 2)
             sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # not pytest's
+            faulthandler.enable()
+            faulthandler.dump_traceback_later(60)  # where it hangs, if it does
             os.chdir(REPOSITORY)
             if ranks > 1:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}

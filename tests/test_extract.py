@@ -154,6 +154,29 @@ def test_storage_sample_is_a_frozen_draw_of_each_mirror(pictures, tmp_path, vae)
         assert torch.allclose(store.read(index)[:, mirror].float(), expected, atol=2e-3)
 
 
+def test_verify_finds_a_flipped_byte(pictures, tmp_path, vae, capsys, monkeypatch):
+    out = tmp_path / "out"
+    extract(pictures, out, vae)
+    check = extract_features.parse_args(["--verify", "--features-path", str(out)])
+    extract_features.main(check)
+    assert "all shards are whole (12 images)" in capsys.readouterr().out
+    for name in ("00000-moments.npy", "00002-labels.npy"):
+        path = out / "shards" / name
+        whole = bytearray(path.read_bytes())
+        whole[-1] ^= 1
+        path.write_bytes(whole)
+    with pytest.raises(ValueError, match="00000-moments.npy differs from its sha256"):
+        extract_features.main(check)
+    distributed = extract_features.distributed
+    second = distributed.World(0, 0, 2, torch.device("cpu"))  # its share: the shards 0 and 2
+    monkeypatch.setattr(distributed, "start", lambda *args, **kwargs: second)
+    monkeypatch.setattr(distributed, "gather_objects", lambda world, fault: [fault, "of rank 1"])
+    with pytest.raises(ValueError, match="00000-moments.npy differs .*; of rank 1"):
+        extract_features.main(check)
+    with pytest.raises(SystemExit):
+        extract_features.parse_args([])
+
+
 def test_no_mirror_stores_one_view(pictures, tmp_path, vae):
     extract(pictures, tmp_path / "out", vae, "--no-mirror")
     assert open_latents(tmp_path / "out").read(torch.tensor([3])).shape == (1, 1, 8, 8, 8)

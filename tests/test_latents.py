@@ -422,6 +422,24 @@ def test_loader_refuses_impossible_batches(tmp_path):
         LatentLoader(store, 12, world(), 0)
 
 
+def test_a_loader_checks_a_shard_at_the_start(tmp_path):
+    """Another one at every start: of three, each comes up within a few."""
+    store = open_latents(make_store(tmp_path))
+    for shard in range(3):
+        path = tmp_path / "shards" / f"0000{shard}-moments.npy"
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        found = 0
+        for start in range(12):
+            try:
+                LatentLoader(store, 4, world(), 0, start_step=start)
+            except ValueError as error:
+                assert f"0000{shard}-moments.npy differs from its sha256" in str(error)
+                found += 1
+        assert 0 < found < 12
+        path.write_bytes(whole)
+
+
 def test_a_read_error_reaches_the_training_loop(tmp_path):
     make_old(tmp_path)
     store = open_latents(tmp_path)

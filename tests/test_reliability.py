@@ -25,7 +25,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from entries import REPOSITORY, Forked, free_port
+from entries import MINI, REPOSITORY, Forked, free_port
+from PIL import Image
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from latents import store as store_module
@@ -591,3 +592,40 @@ def test_latents_of_another_scale_are_refused(tiny, stage):
         said,
     )
     assert not list(tiny.glob("scaled-DiT*"))
+
+
+@pytest.mark.slow
+def test_killed_extraction_ends_with_the_same_bytes(tmp_path):
+    """Three times kill -9 at a random moment, of two processes."""
+    pictures = tmp_path / "images"
+    for i in range(48):
+        path = pictures / f"class{i % 3}" / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noisy = np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noisy).save(path)
+
+    def extract(name):
+        (tmp_path / f"said-{name}").mkdir(exist_ok=True)
+        flags = ["--data-path", pictures, "--features-path", tmp_path / name, "--vae", MINI / "vae"]
+        flags += ["--image-size", 64, "--num-workers", 0, "--device", "cpu", "--shard-size", 4]
+        return Forked(tmp_path / f"said-{name}", "extract_features.py", *flags, ranks=2)
+
+    began = time.perf_counter()
+    extract("whole").join()
+    took = time.perf_counter() - began
+    chance = random.Random(0)
+    for _ in range(3):
+        run = extract("killed")
+        time.sleep(chance.uniform(0.3, 0.9) * took)
+        run.kill()
+    extract("killed").join()
+    whole, killed = (
+        {
+            path.relative_to(tmp_path / name).as_posix(): path.read_bytes()
+            for path in sorted((tmp_path / name).rglob("*"))
+            if path.is_file() and path.name not in ("log.txt", "metrics.jsonl")
+            if not path.name.endswith(".partial")
+        }
+        for name in ("whole", "killed")
+    )
+    assert whole == killed and len(whole) == 2 + 12 * 3
