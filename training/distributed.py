@@ -31,6 +31,9 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 PREEMPTED = 75  # exit code EX_TEMPFAIL, on which a scheduler can be told to requeue
 
 
+_left: list[dist.ProcessGroup] = []  # kept to the end of the process, see `stop`
+
+
 class Preempted(Exception):
     """A signal ended the run after a whole checkpoint."""
 
@@ -134,6 +137,9 @@ def _meet(rank: int, size: int, device: torch.device, timeout: timedelta) -> Non
 def stop() -> None:
     """Leaves the process group, if there is one."""
     if dist.is_initialized():
+        # Freed with the last wrapped module, gloo's group waits, holding Python's lock, for threads
+        # that may need that very lock: rarely, a process hung on its way out.
+        _left.append(dist.group.WORLD)
         dist.destroy_process_group()
 
 
