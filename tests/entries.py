@@ -64,7 +64,6 @@ class Forked:
                 os.dup2(heard.fileno(), 2)
             sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # not pytest's
             faulthandler.enable()
-            faulthandler.dump_traceback_later(60)  # where it hangs, if it does
             os.chdir(REPOSITORY)
             if ranks > 1:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
@@ -73,6 +72,7 @@ class Forked:
             sys.argv = [entry, *map(str, flags)]
             if before is not None:
                 before(rank)
+            faulthandler.dump_traceback_later(60)  # where it hangs, if it does
             distributed.run(module.main, module.parse_args())
 
         fork = multiprocessing.get_context("fork")
