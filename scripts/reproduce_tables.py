@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from evaluation.features import is_stats, stats_source
+from evaluation.features import stats_source
 from evaluation.inception import PROTOCOLS
 from evaluation.report import LABELS, align, show
 from models.config_files import REPOSITORY, check_keys, find_file, read_yaml
@@ -147,9 +147,8 @@ def prepare_reference(args: argparse.Namespace) -> Path:
         return path
     if args.reference is None and not source.is_file():
         launch("scripts/download.py", "adm-reference-256")
-    if args.feature_net == "mini" and is_stats(source):
-        raise ValueError(f"--reference {source}: --feature-net mini needs a folder of images")
-    launch("evaluate_fid.py", source, "--save-stats", path, *score_flags(args))
+    flags = ["--save-stats", path, *score_flags(args)]
+    launch("evaluate_fid.py", source, *flags, processes=args.nproc_per_node)
     return path
 
 
