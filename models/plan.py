@@ -196,8 +196,9 @@ def _graft(path: Path, where: str, entry: dict, blocks: tuple[int, ...], sizes: 
             f"legal names: {', '.join(legal)}"
         )
     config_path = find_file(entry["config_filepath"], path, f"{where}: config_filepath")
+    config = read_yaml(config_path)
     try:
-        config = complete_config(operator, read_yaml(config_path), **sizes)
+        config = complete_config(operator, config, **sizes)
     except ValueError as error:
         place = f"{where} ({slot} slot of blocks {', '.join(map(str, blocks))})"
         raise ValueError(f"{path}: {place}: {config_path}: {error}") from error

@@ -201,7 +201,7 @@ def test_old_commands_parse_and_abbreviations_do_not(capsys):
     assert (args.vae, args.log_every, args.shard_size) == ("mse", 100, 8192)
     with pytest.raises(SystemExit):
         extract_features.parse_args(["--data", "d"])
-    assert "--data-path" in capsys.readouterr().err
+    assert "unrecognized arguments: --data d" in capsys.readouterr().err
     for flags, message in (
         (["--num-workers", "-1"], "'-1' is not a whole number of at least 0"),
         (["--global-seed", "-1"], "'-1' is not a whole number from 0"),

@@ -125,15 +125,14 @@ def write_slowly(rank):
     """Checkpoints take a tenth of a second to write, so that a kill finds them half written."""
     save = torch.save
 
-    def slow(state, path):
+    def slow(state, file):
         held = io.BytesIO()
         save(state, held)
         content = held.getvalue()
-        with open(path, "wb") as file:
-            for start in range(0, len(content), 1 + len(content) // 20):
-                file.write(content[start : start + 1 + len(content) // 20])
-                file.flush()
-                time.sleep(0.005)
+        for start in range(0, len(content), 1 + len(content) // 20):
+            file.write(content[start : start + 1 + len(content) // 20])
+            file.flush()
+            time.sleep(0.005)
 
     torch.save = slow
 

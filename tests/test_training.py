@@ -117,6 +117,9 @@ def test_records_are_cut_to_the_resumed_step(tmp_path):
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4')
     cut_records(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    path.write_text('{"step": 0}\n{"step": 1}\n')
+    cut_records(path, 0)
+    assert path.read_text() == ""
 
 
 def test_command_line_values():

@@ -21,13 +21,16 @@ def watched(world: World) -> bool:
 
 
 def cut_records(path: Path, step: int) -> None:
-    """Drops the lines of a .jsonl file that lie beyond `step`, and a last one that was torn."""
+    """Drops the lines of a .jsonl file that lie beyond `step`, and a last one that was torn.
+
+    All at step 0, from which a run writes also what it finds before its first step.
+    """
     if not path.is_file():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         whole = line.endswith("}\n")
-        if whole and json.loads(line)["step"] <= step:
+        if step > 0 and whole and json.loads(line)["step"] <= step:
             kept.append(line)
     write_whole(path, lambda partial: partial.write_text("".join(kept), encoding="utf-8"))
 
