@@ -167,10 +167,14 @@ def check(
             mix two runs.
     """
     if state["entry"] != entry_name():
-        raise ValueError(f"--resume: the checkpoint is of {state['entry']}, not of {entry_name()}")
+        raise ValueError(
+            f"--resume {args.resume}: the checkpoint is of {state['entry']}, not of "
+            f"{entry_name()}; name one of this entry's, or another --prefix"
+        )
     if different := differences(plan.architecture(), state["plan"]):
         raise ValueError(
-            f"--resume: the checkpoint is of another model than {plan.path}: {different}"
+            f"--resume {args.resume}: the checkpoint is of another model than {plan.path}: "
+            f"{different}"
         )
     flags = {name: getattr(args, name) for name in fixed}
     known = {key: value for key, value in flags.items() if key in state["args"]}

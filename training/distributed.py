@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import socket
 import sys
 import threading
@@ -74,7 +75,7 @@ def start(device: str | None = None, timeout_minutes: float = 30.0) -> World:
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind.partition(":")[0] not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", kind):
         raise ValueError(f"--device {kind}: use cpu, cuda, or cuda:1 and the like")
     target = torch.device(kind)
     if target.type == "cuda":

@@ -120,7 +120,13 @@ class RunLog:
         if not self.active:
             self._logger.addHandler(logging.NullHandler())
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ValueError(
+                f"the folder {self.folder} cannot be made, a file is in its way: name another with "
+                "--results-dir, or for extraction with --features-path"
+            ) from error
         form = logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S")
         for handler in (
             logging.StreamHandler(sys.stdout),
