@@ -93,7 +93,7 @@ def test_bad_checkpoints_are_named(tmp_path):
 
 def test_checkpoint_of_another_run_is_refused():
     plan = GraftPlan(Path("p.yaml"), "DiT-Mini/2", 64, 9)
-    args = Namespace(lr=1e-4)
+    args = Namespace(lr=1e-4, resume="auto")
     held = {
         "entry": checkpoint.entry_name(),
         "plan": plan.architecture(),
