@@ -76,7 +76,7 @@ def test_full_size_names_shapes_and_counts(golden, name):
 
 def test_presets():
     sizes = [f"DiT-{size}/{patch}" for size in ("XL", "L", "B", "S") for patch in (2, 4, 8)]
-    assert set(PRESETS) == {*sizes, "DiT-Mini/2"}
+    assert set(PRESETS) == {*sizes, "DiT-Mini/2", "DiT-Mini-D14/2"}
     assert latent_size("DiT-XL/2", 512) == 64 and latent_size("DiT-Mini/2", 64) == 16
     with torch.device("meta"):
         model = build_dit("DiT-Mini/2", 16, num_classes=9, in_channels=6)
