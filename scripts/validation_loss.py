@@ -31,9 +31,7 @@ def main(args: argparse.Namespace) -> None:
     plan = with_base(load_plan(args.config_filepath), args.load_weight)
     stores = [open_latents(path, num_classes=plan.num_classes) for path in args.data_path]
     for store in stores:
-        store.check_shape(
-            (4, plan.input_size, plan.input_size), f"{plan.model_name} of {plan.path}"
-        )
+        store.check_plan(plan)
     trained = args.graft_fusion_ckpt_path
     model, report = build_grafted(plan, weights=trained is None)
     if trained is not None:
