@@ -13,6 +13,9 @@ from evaluation.metrics import GaussianStats
 from evaluation.readers import npz_keys
 from models.files import write_whole
 
+# Images that pass a network at once, always: another number may round otherwise.
+CPU_PASS, PASS = 8, 64
+
 
 class Activations(NamedTuple):
     """What a network says of B images, float32; `spatial` and `logits` are None for mini."""
@@ -111,7 +114,7 @@ def measure(
     images = torch.arange(count)[share[0] :: share[1]]
     done = 0
     for batch in batches:
-        found = net.activations(batch.to(device, non_blocking=True))
+        found = _in_passes(net, batch.to(device, non_blocking=True))
         index = images[done : done + len(batch)]
         done += len(batch)
         pooled.update(found.features)
@@ -139,6 +142,18 @@ def measure(
         features,
         all_logits,
     )
+
+
+def _in_passes(net: FeatureNet, images: torch.Tensor) -> Activations:
+    """The network's answer to images [B, 3, H, W], each the same in whatever batch it comes."""
+    size = CPU_PASS if images.device.type == "cpu" else PASS
+    parts = []
+    for part in images.split(size):
+        filling = part.new_zeros(size - len(part), *part.shape[1:])
+        found = net.activations(torch.cat([part, filling]))
+        parts.append([None if tensor is None else tensor[: len(part)] for tensor in found])
+    columns = zip(*parts, strict=True)
+    return Activations(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
 def gather_stats(net: FeatureNet, batches: Iterable[torch.Tensor], device) -> GaussianStats:
