@@ -139,11 +139,7 @@ def report(args: argparse.Namespace) -> None:
     for record in records:
         keys = ("distillation", "percent", "start", "training")
         groups[tuple(record[key] for key in keys)].append(record)
-    shared = records[0]["settings"]
-    head = (
-        f"{shared['distill_steps']} distillation steps and {shared['steps']} finetuning steps of "
-        f"{shared['batch']} images, {shared['num_samples']} samples; mean ± standard deviation."
-    )
+    head = testbed.headline(records)
     text = "\n\n".join([head, self_graft_table(groups), operator_table(groups)])
     testbed.write_tables(REPOSITORY / "docs" / "distillation.md", Path(__file__).name, text)
 

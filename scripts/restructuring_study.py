@@ -125,11 +125,7 @@ def report(args: argparse.Namespace) -> None:
     records = testbed.results(args.results)
     for record in records:
         groups[record["start"], record["training"]].append(record)
-    shared = records[0]["settings"]
-    head = (
-        f"{shared['distill_steps']} distillation steps and {shared['steps']} finetuning steps of "
-        f"{shared['batch']} images, {shared['num_samples']} samples; mean ± standard deviation."
-    )
+    head = testbed.headline(records)
     rows = []
     for training, words in TRAININGS.items():
         for start in STARTS:

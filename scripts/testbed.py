@@ -188,6 +188,15 @@ def results(folder: Path) -> list[dict]:
     return records
 
 
+def headline(records: list[dict]) -> str:
+    """What all cases of a study had in common, for above its tables."""
+    shared = records[0]["settings"]
+    return (
+        f"{shared['distill_steps']} distillation steps and {shared['steps']} finetuning steps of "
+        f"{shared['batch']} images, {shared['num_samples']} samples; mean ± standard deviation."
+    )
+
+
 def cell(records: list[dict], metric: str) -> str:
     """Mean and, from two seeds on, standard deviation of a metric, for a table."""
     values = [record[metric] for record in records if record.get(metric) is not None]
