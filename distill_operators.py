@@ -33,7 +33,7 @@ from models.operators.accelerators import accelerate
 from models.plan import find_file, plan_from_flags, write_plan
 from models.provenance import environment
 from training import arguments, checkpoint, distributed, nonfinite, precision
-from training.compilation import compile_model, compile_step
+from training.compilation import compile_functions, compile_models, graphed
 from training.distillation import (
     LOSSES,
     PATIENCE,
@@ -128,39 +128,49 @@ def main(args: argparse.Namespace) -> None:
     slots = students.slots
     names = [name_of(slot) for slot in slots]
     parts = {"teacher": teacher, **dict(zip(names, students.operators, strict=True))}
-    means = Means(world, [f"loss/{name}" for name in names], args.grad_accum)
+    means = Means(world, [f"loss/{name}" for name in names])
     run = checkpoint.RunState(
         extent, world, plan, args, means, model=students, opt=steps, best=best
     )
     if resumed is not None:
         run.restore(resumed)
         del resumed
-    latents, draws_of = compile_step(world, args.compile, None, store.latents, draw)
-    if args.compile and world.device.type == "cuda":
-        compile_model(teacher)
-        compile_model(students)
+    latents, draws_of = compile_functions(world, args.compile, store.latents, draw)
+    compile_models(world, args.compile, teacher, students)
     net = distributed.wrap(world, students)
     diffusion = create_diffusion("")
 
-    def batch_of(moments, index, labels, epoch, class_dropout):
+    def inputs_of(moments, index, labels, epoch, class_dropout):
         """What the teacher takes: noised latents, timesteps, labels and dropped labels."""
         x = latents(moments, index, args.global_seed, epoch)  # [B,C,H,W]
-        draws = draws_of(
-            args.global_seed, epoch, index, x.shape[1:], diffusion.num_timesteps, class_dropout
-        )
-        return diffusion.q_sample(x, draws.t, draws.noise), draws.t, labels, draws.drop
+        number = diffusion.num_timesteps
+        draws = draws_of(args.global_seed, epoch, index, x.shape[1:], number, class_dropout)
+        x = diffusion.q_sample(x, draws.t, draws.noise)
+        return {"x": x, "t": draws.t, "y": labels, "drop": draws.drop}
 
-    def losses_of(net, teacher, part):
-        """The loss of every operator, [S], on a part of a batch."""
-        noised = batch_of(part.moments, part.index, part.labels, part.epoch, args.class_dropout)
+    def losses_of(net, teacher, **inputs):
+        """The loss of every operator, [S]."""
         with precision.autocast(world.device, dtype):
-            return net(*teacher(*noised))[0]
+            return net(*teacher(**inputs))[0]
+
+    def step_on_device(**inputs):
+        """A training step -> the loss of every operator, [S]."""
+        steps.zero_grad()
+        total = torch.zeros(len(names), device=world.device)
+        for part in distributed.micro_batches(net, inputs, args.grad_accum):
+            losses = losses_of(net, teacher, **part) / args.grad_accum
+            losses.sum().backward()
+            total += losses.detach()
+        steps.step()
+        return total
+
+    take_step = graphed(world, args.compile, step_on_device)
 
     def validate(step: int) -> None:
         """Validation of all operators; the best weights are kept."""
         mine = val_rows[world.rank :: world.size]
         batches = (
-            batch_of(*read_rows(store, index, world), HELD_OUT_EPOCH, 0.0)
+            inputs_of(*read_rows(store, index, world), HELD_OUT_EPOCH, 0.0)
             for index in (mine.split(args.global_batch_size // world.size) if len(mine) else ())
         )
         losses, errors = validation(teacher, students, batches, world, dtype)
@@ -179,18 +189,18 @@ def main(args: argparse.Namespace) -> None:
     for batch in loader:
         if batch.step >= total_steps:
             break
-        steps.zero_grad()
-        for part in distributed.micro_batches(net, batch, args.grad_accum):
-            losses = losses_of(net, teacher, part)
-            (losses.sum() / args.grad_accum).backward()
-            means.add(losses)
-        steps.step()
-        means.end_step()
+        steps.set_rates()
+        inputs = inputs_of(
+            batch.moments, batch.index, batch.labels, batch.epoch, args.class_dropout
+        )
+        losses = take_step(**inputs)
+        steps.step_rates()
+        means.add(losses)
 
         step = batch.step + 1
         bar.update()
         if step % args.log_every == 0 or step == total_steps:
-            again = partial(losses_of, students.forward, teacher.forward, batch)
+            again = partial(losses_of, students, teacher, **inputs)
             skipped = steps.check(step, partial(nonfinite.where, world, means, parts, again))
             for i, (was, now) in enumerate(zip(before, skipped, strict=True)):
                 if now > was:

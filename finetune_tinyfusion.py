@@ -31,7 +31,7 @@ from models.grafting import build_grafted, with_base
 from models.operators.accelerators import accelerate
 from models.plan import plan_from_flags, write_plan
 from training import arguments, checkpoint, distributed, nonfinite, precision
-from training.compilation import compile_step
+from training.compilation import compile_functions, compile_models, graphed
 from training.draws import draw
 from training.ema import Ema
 from training.knowledge import WithHidden, distilled_losses, pretrained
@@ -113,38 +113,53 @@ def main(args: argparse.Namespace) -> None:
     guard = StepGuard(optimizer, args.clip_grad)
     ema = Ema(model, args.ema_decay)
     names = ("loss", "mse", "vb") if teacher is None else ("loss", "mse", "vb", "kd", "features")
-    means = Means(world, names, args.grad_accum)
+    means = Means(world, names)
     run = checkpoint.RunState(
         extent, world, plan, args, means, model=model, ema=ema, opt=optimizer, sched=lr, guard=guard
     )
     if resumed is not None:
         run.restore(resumed)
         del resumed
-    latents, draws_of = compile_step(
-        world, args.compile, learner, store.latents, draw, graphs=args.grad_accum == 1
-    )
-    if teacher is not None:
-        compile_step(world, args.compile, teacher)
+    latents, draws_of = compile_functions(world, args.compile, store.latents, draw)
+    compile_models(world, args.compile, learner, *([] if teacher is None else [teacher]))
     net = distributed.wrap(world, learner)
     diffusion = create_diffusion("")
 
-    def losses(net, part):
-        """The loss terms of a part of a batch, each a mean over it, in the order of `names`."""
-        seed, epoch, index = args.global_seed, part.epoch, part.index
-        x = latents(part.moments, index, seed, epoch)  # [B,C,H,W]
-        draws = draws_of(
-            seed, epoch, index, x.shape[1:], diffusion.num_timesteps, args.class_dropout
-        )
-        labels = {"y": part.labels, "drop": draws.drop}
+    def inputs_of(batch):
+        """What a step computes with: latents, their draws, and what depends on the step."""
+        seed, index = args.global_seed, batch.index
+        x = latents(batch.moments, index, seed, batch.epoch)  # [B,C,H,W]
+        steps = diffusion.num_timesteps
+        draws = draws_of(seed, batch.epoch, index, x.shape[1:], steps, args.class_dropout)
+        beta = args.feature_weight * (1 - batch.step / total_steps)
+        beta = torch.full((), beta, device=world.device)
+        return {"x": x, "y": batch.labels, **draws._asdict(), "beta": beta}
+
+    def losses(net, x, t, noise, y, drop, beta):
+        """The loss terms, each a mean over the samples, in the order of `names`."""
+        labels = {"y": y, "drop": drop}
         with precision.autocast(world.device, dtype):
             if teacher is None:
-                terms = diffusion.training_losses(net, x, draws.t, labels, noise=draws.noise)
+                terms = diffusion.training_losses(net, x, t, labels, noise=noise)
             else:
-                beta = args.feature_weight * (1 - part.step / total_steps)
                 terms = distilled_losses(
-                    diffusion, net, teacher, x, draws, labels, args.kd_weight, beta
+                    diffusion, net, teacher, x, t, noise, labels, args.kd_weight, beta
                 )
         return torch.stack([terms[name].mean() for name in names])
+
+    def step_on_device(**inputs):
+        """A training step -> the loss terms, and the gradient norm before clipping."""
+        optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros(len(names), device=world.device)
+        for part in distributed.micro_batches(net, inputs, args.grad_accum):
+            terms = losses(net, **part) / args.grad_accum
+            terms[0].backward()
+            total += terms.detach()
+        norm = guard.step()
+        ema.update()
+        return total, norm
+
+    take_step = graphed(world, args.compile, step_on_device)
 
     # Training
     logged_step, logged_at = start_step, time.perf_counter()
@@ -152,20 +167,16 @@ def main(args: argparse.Namespace) -> None:
     for batch in loader:
         if batch.step >= total_steps:
             break
-        optimizer.zero_grad(set_to_none=True)
-        for part in distributed.micro_batches(net, batch, args.grad_accum):
-            terms = losses(net, part)
-            (terms[0] / args.grad_accum).backward()
-            means.add(terms)
-        norm = guard.step()
+        guard.set_rates()
+        inputs = inputs_of(batch)
+        terms, norm = take_step(**inputs)
         lr.step()
-        ema.update()
-        means.end_step()
+        means.add(terms)
 
         step = batch.step + 1
         bar.update()
         if step % args.log_every == 0 or step == total_steps:
-            again = partial(losses, learner.forward, batch)
+            again = partial(losses, learner, **inputs)
             where = partial(nonfinite.where, world, means, {"": model}, again)
             skipped = guard.check(step, where)
             rate = (step - logged_step) / (time.perf_counter() - logged_at)

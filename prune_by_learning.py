@@ -33,7 +33,7 @@ from models.operators.accelerators import accelerate
 from models.plan import plan_from_flags
 from models.selection import GatedDiT, LayerGates, settle
 from training import arguments, checkpoint, distributed, nonfinite, precision
-from training.compilation import compile_step
+from training.compilation import compile_functions, compile_models, graphed
 from training.draws import draw
 from training.ema import Ema
 from training.lora import add_lora
@@ -123,38 +123,54 @@ def main(args: argparse.Namespace) -> None:
     lr = schedule(optimizer, "constant", total_steps=total_steps)
     guard = StepGuard(optimizer, args.clip_grad)
     ema = Ema(gated, args.ema_decay)
-    means = Means(world, ["loss"], args.grad_accum)
+    means = Means(world, ["loss"])
     run = checkpoint.RunState(
         extent, world, plan, args, means, model=gated, ema=ema, opt=optimizer, sched=lr, guard=guard
     )
     if resumed is not None:
         run.restore(resumed)
         del resumed
-    graphs = args.grad_accum == 1
-    latents, draws_of, uniform = compile_step(
-        world, args.compile, model, store.latents, draw, noise.uniform, graphs=graphs
+    latents, draws_of, uniform = compile_functions(
+        world, args.compile, store.latents, draw, noise.uniform
     )
+    compile_models(world, args.compile, gated)
     net = distributed.wrap(world, gated)
     diffusion = create_diffusion("")
     options = sum(o.shape[0] for o in gates.options)
 
-    def loss_of(net, part, tau, scaling):
-        """The loss of a part of a batch, a mean over it."""
-        seed, epoch, index = args.global_seed, part.epoch, part.index
-        x = latents(part.moments, index, seed, epoch)  # [B,C,H,W]
-        draws = draws_of(
-            seed, epoch, index, x.shape[1:], diffusion.num_timesteps, args.class_dropout
-        )
-        inputs = {
-            "y": part.labels,
-            "drop": draws.drop,
+    def inputs_of(batch, tau, scaling):
+        """What a step computes with: latents, their draws, those of the gates, temperatures."""
+        seed, epoch, index = args.global_seed, batch.epoch, batch.index
+        x = latents(batch.moments, index, seed, epoch)  # [B,C,H,W]
+        steps = diffusion.num_timesteps
+        draws = draws_of(seed, epoch, index, x.shape[1:], steps, args.class_dropout)
+        return {
+            "x": x,
+            "y": batch.labels,
+            **draws._asdict(),
             "uniform": uniform(seed, noise.GATE, index, (options,), step=epoch),
-            "tau": tau,
-            "scaling": scaling,
+            "tau": torch.full((), tau, device=world.device),
+            "scaling": torch.full((), scaling, device=world.device),
         }
+
+    def loss_of(net, x, t, noise, **inputs):
+        """The loss, a mean over the samples."""
         with precision.autocast(world.device, dtype):
-            terms = diffusion.training_losses(net, x, draws.t, inputs, noise=draws.noise)
-        return terms["loss"].mean()
+            return diffusion.training_losses(net, x, t, inputs, noise=noise)["loss"].mean()
+
+    def step_on_device(**inputs):
+        """A training step -> the loss [1]."""
+        optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros(1, device=world.device)
+        for part in distributed.micro_batches(net, inputs, args.grad_accum):
+            loss = loss_of(net, **part) / args.grad_accum
+            loss.backward()
+            total += loss.detach()
+        guard.step()
+        ema.update()
+        return total
+
+    take_step = graphed(world, args.compile, step_on_device)
 
     # Training
     logged_step, logged_at = start_step, time.perf_counter()
@@ -165,20 +181,16 @@ def main(args: argparse.Namespace) -> None:
             break
         done = batch.step / max(total_steps - 1, 1)
         tau, scaling = ramp(args.tau_range, done), ramp(args.scaling_range, done)
-        optimizer.zero_grad(set_to_none=True)
-        for part in distributed.micro_batches(net, batch, args.grad_accum):
-            loss = loss_of(net, part, tau, scaling)
-            (loss / args.grad_accum).backward()
-            means.add(loss[None])
-        guard.step()
+        guard.set_rates()
+        inputs = inputs_of(batch, tau, scaling)
+        loss = take_step(**inputs)
         lr.step()
-        ema.update()
-        means.end_step()
+        means.add(loss)
 
         step = batch.step + 1
         bar.update()
         if step % args.log_every == 0 or step == total_steps:
-            again = partial(loss_of, gated.forward, batch, tau, scaling)
+            again = partial(loss_of, gated, **inputs)
             where = partial(nonfinite.where, world, means, {"": model}, again)
             skipped = guard.check(step, where)
             mean = means.take()["loss"]

@@ -31,7 +31,7 @@ from models.grafting import build_grafted, load_trained, with_base
 from models.operators.accelerators import accelerate
 from models.plan import find_file, flag_path, plan_from_flags
 from training import arguments, distributed, precision
-from training.compilation import compile_step
+from training.compilation import compile_functions, compile_models, graphed
 from training.runlog import watched
 
 
@@ -67,6 +67,7 @@ def main(args: argparse.Namespace) -> None:
         )
     model.to(world.device).eval()
     paths = accelerate(model, world.device, dtype, model.num_tokens, args.kernels)
+    precision.cast_products(model, dtype)
     codec = load_codec(str(vae_path), world.device, dtype, name=vae)
     if codec.downsample * plan.input_size != plan.image_size or codec.channels != model.in_channels:
         raise ValueError(
@@ -74,7 +75,8 @@ def main(args: argparse.Namespace) -> None:
             f"pixels; {plan.model_name} at {plan.image_size} px needs {model.in_channels} channels "
             f"of {plan.input_size} x {plan.input_size}"
         )
-    (step_normal,) = compile_step(world, args.compile, model, noise.normal)
+    (step_normal,) = compile_functions(world, args.compile, noise.normal)
+    compile_models(world, args.compile, model)
 
     # Folder: made once, described, never mixed with images of other settings
     name = args.folder_name or default_name(args, plan.model_name, checkpoint)
@@ -108,8 +110,8 @@ def main(args: argparse.Namespace) -> None:
         extent = f"{plan.describe()}: {args.num_fid_samples} images to {folder}"
         print("\n".join([*origin, *paths, extent]))
 
-    def model_fn(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """One guided evaluation for the labels `y` of the batch; [B,C,H,W] -> [B,2C,H,W]."""
+    def guided(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """One guided evaluation: x [B,C,H,W], t [B], labels y [B] -> [B,2C,H,W]."""
         with precision.autocast(world.device, dtype):
             if args.cfg_scale == 1.0:
                 return model(x, t, y).float()
@@ -123,26 +125,30 @@ def main(args: argparse.Namespace) -> None:
             )
             return both[: len(x)].float()
 
+    evaluate = graphed(world, args.compile, guided)
     shape = (model.in_channels, plan.input_size, plan.input_size)
     seed = args.global_seed
     with ThreadPoolExecutor(max_workers=args.num_workers) as writers:
         pending = []
         for index in tqdm(batches, disable=not watched(world), unit="batch"):
+            number = len(index)
             index = index.to(world.device)
+            if len(batches) > 1:  # a short last batch is filled up: the graph has one size
+                index = index[torch.arange(args.per_proc_batch_size) % number]
             if args.labels == "balanced":
                 y = index % plan.num_classes
             else:
                 y = noise.integers(seed, noise.LABEL, index, plan.num_classes)
             latents = sample(
-                model_fn,
+                lambda x, t, y=y: evaluate(x=x, t=t, y=y),
                 (len(index), *shape),
                 sampler=args.sampler,
                 steps=args.num_sampling_steps,
                 start=noise.normal(seed, noise.START, index, shape),
                 step_noise=lambda k, i=index: step_normal(seed, noise.STEP, i, shape, step=k),
             )
-            images = codec.decode(latents).cpu().numpy()  # [B,H,W,3] uint8
-            for i, image in zip(index.tolist(), images, strict=True):
+            images = codec.decode(latents[:number]).cpu().numpy()  # [B,H,W,3] uint8
+            for i, image in zip(index[:number].tolist(), images, strict=True):
                 pending.append(writers.submit(save_png, folder / f"{i:06d}.png", image))
             while len(pending) > 4 * args.per_proc_batch_size:
                 pending.pop(0).result()

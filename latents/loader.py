@@ -70,12 +70,6 @@ class Batch:
     moments: torch.Tensor
     labels: torch.Tensor
 
-    def parts(self, number: int) -> list["Batch"]:
-        """The batch cut, in order, into `number` batches of equal size."""
-        tensors = (self.index, self.moments, self.labels)
-        pieces = zip(*(tensor.chunk(number) for tensor in tensors), strict=True)
-        return [Batch(self.step, self.epoch, *piece) for piece in pieces]
-
 
 class LatentLoader:
     """Iterates endlessly from `start_step` over a store; every pass drops the last short batch.

@@ -12,7 +12,7 @@ import torch
 from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import nn
 
-from models.restructure import pair_change
+from models.restructure import PairRunner
 from models.selection import run_slot
 
 TIMESTEP_FEATURES = 256
@@ -226,6 +226,7 @@ class DiT(nn.Module):
             DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)
         )
         self.merges = nn.ModuleDict()  # of parallel pairs, by their first block
+        self.run_pair = PairRunner()
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.reset_parameters()
 
@@ -294,7 +295,7 @@ class DiT(nn.Module):
                 x = held[0](x, c, shares[layer[0]])
             else:
                 merge = self.merges[str(layer[0])]
-                x = x + pair_change(x, c, *held, merge, [shares[i] for i in layer])
+                x = x + self.run_pair(x, c, *held, merge, [shares[i] for i in layer])
             if hidden is not None:
                 hidden.append(x)
         return x, c
@@ -315,6 +316,11 @@ class DiT(nn.Module):
             for i in range(len(self.blocks))
             if i not in seconds
         ]
+
+    def regions(self) -> list[nn.Module]:
+        """The parts that torch.compile takes one by one."""
+        alone = [self.blocks[layer[0]] for layer in self.layers if len(layer) == 1]
+        return [*alone, self.run_pair, self.t_embedder, self.final_layer]
 
     def forward_with_cfg(
         self,

@@ -117,6 +117,21 @@ def pair_change(
     return merge(change.permute(1, 2, 0, 3).flatten(2))  # B T 2D -> B T D
 
 
+class PairRunner(nn.Module):
+    """`pair_change` as a module without tensors of its own, so that it can be compiled in place."""
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        c: torch.Tensor,
+        first: nn.Module,
+        second: nn.Module,
+        merge: nn.Module,
+        shares: Sequence[torch.Tensor | None] = (None, None),
+    ) -> torch.Tensor:
+        return pair_change(x, c, first, second, merge, shares)
+
+
 class ParallelPair(nn.Module):
     """One pair outside its model, for distillation: tokens [B,T,D], condition [B,D] -> [B,T,D].
 

@@ -145,8 +145,8 @@ class LayerGates(nn.Module):
 
     def draw(
         self,
-        tau: float,
-        scaling: float,
+        tau: float | torch.Tensor,
+        scaling: float | torch.Tensor,
         uniform: list[torch.Tensor] | None = None,
         batch_size: int = 1,
     ) -> torch.Tensor:
@@ -156,9 +156,10 @@ class LayerGates(nn.Module):
 
         softmax((logits * scaling + gumbel noise) / tau), hard in the forward pass and soft in the
         backward pass. uniform: per group the numbers in (0, 1), [B, options], that make the noise;
-        None draws them for `batch_size` samples. ValueError for tau <= 0 or wrong shapes.
+        None draws them for `batch_size` samples. tau and scaling: numbers, or 0-d tensors, which a
+        captured step reads anew. ValueError for a number tau <= 0, or wrong shapes.
         """
-        if tau <= 0:
+        if not torch.is_tensor(tau) and tau <= 0:
             raise ValueError(f"tau {tau} must be above 0")
         if uniform is None:
             tiny = torch.finfo(torch.float32).tiny
@@ -319,8 +320,8 @@ class GatedDiT(nn.Module):
         y: torch.Tensor,
         *,
         uniform: torch.Tensor | None = None,
-        tau: float | None = None,
-        scaling: float | None = None,
+        tau: float | torch.Tensor | None = None,
+        scaling: float | torch.Tensor | None = None,
         drop: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if not self.training:

@@ -45,9 +45,9 @@ from models.files import write_json
 from models.operators import OPERATORS, accelerators, build_operator
 from models.operators.accelerators import KERNELS
 from models.plan import load_plan, plan_from_flags
-from scripts import loops
+from scripts import kernel_times, loops
 from training import arguments, distributed, precision
-from training.compilation import MODEL_OPTIONS, compile_model
+from training.compilation import MODEL_OPTIONS, WARM_TOGETHER, compile_models, graphed
 from training.distillation import Steps, Students, Teacher
 from training.optimizer import StepGuard, adamw
 
@@ -117,9 +117,7 @@ def distill(args: argparse.Namespace) -> None:
         StepGuard(adamw([{"params": [*o.parameters()], "lr": 1e-4}], 0.0), 10.0)
         for o in students.operators
     ]
-    if args.compile and world.device.type == "cuda":
-        compile_model(teacher)
-        compile_model(students)
+    compile_models(world, args.compile, teacher, students)
     shape = (args.batch, 4, plan.input_size, plan.input_size)
     x = torch.randn(shape, device=world.device)
     t = torch.randint(1000, (args.batch,), device=world.device)
@@ -127,26 +125,33 @@ def distill(args: argparse.Namespace) -> None:
     drop = torch.zeros(args.batch, dtype=torch.bool, device=world.device)
     steps = Steps(guards, [])
 
-    def forward() -> None:
-        with precision.autocast(world.device, dtype):
-            teacher(x, t, y, drop)
+    inputs = {"x": x, "t": t, "y": y, "drop": drop}
 
-    def step() -> None:
+    def forward(**inputs: torch.Tensor) -> torch.Tensor:
         with precision.autocast(world.device, dtype):
-            losses, _ = students(*teacher(x, t, y, drop))
+            return teacher(**inputs)[1][-1]
+
+    def step(**inputs: torch.Tensor) -> torch.Tensor:
+        with precision.autocast(world.device, dtype):
+            losses, _ = students(*teacher(**inputs))
         steps.zero_grad()
         losses.sum().backward()
         steps.step()
+        return losses.detach()
 
-    def several(once: Callable[[], None]) -> Callable[[], None]:
+    def several(once: Callable) -> Callable[[], None]:
+        once = graphed(world, args.compile, once)
+        warm(partial(once, **inputs), world.device)
+
         def run() -> None:
             for _ in range(args.steps):
-                once()
+                once(**inputs)
 
         return run
 
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
+    steps.set_rates()
     both = {"teacher": several(forward), "step": several(step)}
     found = {n: ms / args.steps for n, ms in in_turn(both, args.rounds, world.device).items()}
     rate = {name: args.batch / ms * 1e3 for name, ms in found.items()}
@@ -190,7 +195,7 @@ def compare(args: argparse.Namespace) -> None:
             selection = args.command == "selection"
             makers = {"published": partial(loops.published_training, setting, selection)}
             makers["here"] = partial(loops.training, setting, selection)
-        found = side_by_side(makers, args.steps, args.rounds, world.device)
+        found = side_by_side(makers, args.steps, args.rounds, world.device, args.profile)
         for side, row in found.items():
             row |= {"work": args.command, "batch": batch, "side": side}
             row["images_per_sec"] = 1e3 * batch / row["ms"]
@@ -236,8 +241,12 @@ def side_by_side(
     steps: int,
     rounds: int,
     device: torch.device,
+    profile: bool = False,
 ) -> dict[str, dict]:
-    """Builds each side, warms it, and times `steps` of each in turn: ms a step and what it took."""
+    """Builds each side, warms it, and times `steps` of each in turn: ms a step and what it took.
+
+    profile: print where the time of the last side goes.
+    """
     found, timed_steps = {}, {}
     for side, make in makers.items():
         torch.manual_seed(0)
@@ -246,8 +255,7 @@ def side_by_side(
             torch.cuda.reset_peak_memory_stats(device)
         once = make()
         first = timed(once, device) / 1e3
-        for _ in range(WARM_ROUNDS):
-            once()
+        warm(once, device)
         found[side] = {"first_step_s": first}
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -261,7 +269,15 @@ def side_by_side(
         timed_steps[side] = several
     for side, ms in in_turn(timed_steps, rounds, device).items():
         found[side]["ms"] = ms / steps
+    if profile:
+        print(kernel_times.table(kernel_times.kernel_times(once)))
     return found
+
+
+def warm(once: Callable[[], None], device: torch.device) -> None:
+    """Runs a step until nothing is compiled or captured any more."""
+    for _ in range(WARM_TOGETHER + 2 if device.type == "cuda" else 1):
+        once()
 
 
 def matmul_peak(device: torch.device, side: int = 8192) -> float | None:
@@ -452,6 +468,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             compiled = argparse.BooleanOptionalAction
             add("--compile", action=compiled, default=True, help="torch.compile")
             add("--kernels", choices=("auto", "torch"), default="auto", help="see the entries")
+            add("--profile", action="store_true", help="print which kernels take the time; CUDA")
         machine(command)
     return parser.parse_args(argv)
 

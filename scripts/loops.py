@@ -26,12 +26,13 @@ from models.grafting import build_grafted
 from models.operators.accelerators import accelerate
 from models.selection import GatedDiT, LayerGates, settle
 from training import distributed, precision
-from training.compilation import compile_step
+from training.compilation import compile_functions, compile_models, graphed
 from training.distributed import World
 from training.draws import draw
 from training.ema import Ema
 from training.lora import add_lora
 from training.optimizer import StepGuard, adamw
+from training.runlog import Means
 
 Step = Callable[[], None]
 TAU, SCALING = 1.0, 10.0
@@ -79,6 +80,7 @@ def published_training(setting: Setting, selection: bool) -> Step:
     """A training step in the published style."""
     device, B = setting.world.device, setting.batch
     net, gates = trainable(setting, selection)
+    wrapped = distributed.wrap(setting.world, net)
     diffusion = create_diffusion("")
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-4)
     average = {name: p.detach().clone() for name, p in net.named_parameters()}
@@ -93,7 +95,7 @@ def published_training(setting: Setting, selection: bool) -> Step:
             uniform = torch.rand(B, options, device=device)
             inputs |= {"uniform": uniform, "tau": TAU, "scaling": SCALING}
         with precision.autocast(device, setting.dtype):
-            loss = diffusion.training_losses(net, x, t, inputs)["loss"].mean()
+            loss = diffusion.training_losses(wrapped, x, t, inputs)["loss"].mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -117,35 +119,43 @@ def training(setting: Setting, selection: bool) -> Step:
     optimizer = adamw(groups, 0.0)
     guard, ema = StepGuard(optimizer, 1.0), Ema(net, 0.9999)
     store = random_store(setting.plan, B)
-    latents, draws_of, uniform = compile_step(
-        world, setting.compile, model, store.latents, draw, noise.uniform
+    latents, draws_of, uniform = compile_functions(
+        world, setting.compile, store.latents, draw, noise.uniform
     )
+    compile_models(world, setting.compile, net)
     wrapped = distributed.wrap(world, net)
     diffusion = create_diffusion("")
     moments = torch.randn(B, 2, 8, *store.shape[1:], device=device).half()
     index = torch.arange(B, device=device)
     labels = torch.randint(setting.plan.num_classes, (B,), device=device)
     options = 0 if gates is None else sum(o.shape[0] for o in gates.options)
-    running = torch.zeros(2, device=device)
+    means = Means(world, ["loss"])
     steps = 0
+
+    def on_device(x, t, noise, **inputs):
+        optimizer.zero_grad(set_to_none=True)
+        with precision.autocast(device, setting.dtype):
+            terms = diffusion.training_losses(wrapped, x, t, inputs, noise=noise)
+        loss = terms["loss"].mean()
+        loss.backward()
+        guard.step()
+        ema.update()
+        return loss.detach()[None]
+
+    take_step = graphed(world, setting.compile, on_device)
 
     def step() -> None:
         nonlocal steps
         epoch = steps
         x = latents(moments, index, 0, epoch)  # [B,C,H,W]
         draws = draws_of(0, epoch, index, x.shape[1:], diffusion.num_timesteps, 0.1)
-        inputs = {"y": labels, "drop": draws.drop}
+        inputs = {"x": x, "y": labels, **draws._asdict()}
         if selection:
-            drawn = uniform(0, noise.GATE, index, (options,), step=epoch)
-            inputs |= {"uniform": drawn, "tau": TAU, "scaling": SCALING}
-        with precision.autocast(device, setting.dtype):
-            terms = diffusion.training_losses(wrapped, x, draws.t, inputs, noise=draws.noise)
-        loss = terms["loss"].mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        guard.step()
-        ema.update()
-        running.add_(torch.stack([loss.detach(), torch.ones_like(loss)]))
+            inputs["uniform"] = uniform(0, noise.GATE, index, (options,), step=epoch)
+            inputs["tau"] = torch.full((), TAU, device=device)
+            inputs["scaling"] = torch.full((), SCALING, device=device)
+        guard.set_rates()
+        means.add(take_step(**inputs))
         steps += 1
 
     return step
@@ -171,10 +181,13 @@ def published_sampling(setting: Setting) -> Step:
 
 def sampling(setting: Setting) -> Step:
     """One guided reverse step of DDPM as sample_ddp_finetuned.py takes it."""
-    model = random_dit(setting.plan).to(setting.world.device).eval()
-    accelerate(model, setting.world.device, setting.dtype, model.num_tokens, setting.kernels)
-    (normal,) = compile_step(setting.world, setting.compile, model, noise.normal)
-    index = torch.arange(setting.batch, device=setting.world.device)
+    world = setting.world
+    model = random_dit(setting.plan).to(world.device).eval()
+    accelerate(model, world.device, setting.dtype, model.num_tokens, setting.kernels)
+    precision.cast_products(model, setting.dtype)
+    (normal,) = compile_functions(world, setting.compile, noise.normal)
+    compile_models(world, setting.compile, model)
+    index = torch.arange(setting.batch, device=world.device)
     step = 0
 
     def step_noise(x: torch.Tensor) -> torch.Tensor:
@@ -182,7 +195,7 @@ def sampling(setting: Setting) -> Step:
         step += 1
         return normal(0, noise.STEP, index, tuple(x.shape[1:]), step=step)
 
-    return _sampling(setting, model, step_noise, cfg_scale=1.5)
+    return _sampling(setting, model, step_noise, cfg_scale=1.5, graph=setting.compile)
 
 
 def _sampling(
@@ -190,6 +203,7 @@ def _sampling(
     model: DiT,
     step_noise: Callable[[torch.Tensor], torch.Tensor],
     cfg_scale: float,
+    graph: bool = False,
 ) -> Step:
     device, B = setting.world.device, setting.batch
     model = model.to(device).eval()
@@ -200,13 +214,17 @@ def _sampling(
     labels = torch.randint(setting.plan.num_classes, (B,), device=device)
     both = torch.cat([labels, torch.full_like(labels, setting.plan.num_classes)])
 
+    def guided(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        with precision.autocast(device, setting.dtype):
+            return model.forward_with_cfg(torch.cat([x, x]), t, both, cfg_scale)[:B].float()
+
+    evaluate = graphed(setting.world, graph, guided)
+
     @torch.no_grad()
     def step() -> None:
         i = diffusion.num_timesteps - 1 - state["i"] % diffusion.num_timesteps
         x = state["x"]
-        t = timesteps[i].expand(2 * B)
-        with precision.autocast(device, setting.dtype):
-            out = model.forward_with_cfg(torch.cat([x, x]), t, both, cfg_scale)[:B].float()
+        out = evaluate(x=x, t=timesteps[i].expand(2 * B))
         state["x"] = reverse_update(x, out, rows[i], step_noise(x)).clamp(-5, 5)
         state["i"] += 1
 

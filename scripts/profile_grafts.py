@@ -24,7 +24,7 @@ from models.graft_plan import GraftPlan
 from models.operators.accelerators import accelerate
 from models.plan import load_plan
 from training import arguments, distributed, precision
-from training.compilation import compile_step
+from training.compilation import compile_models, graphed
 
 WARM_FORWARDS = 10
 TIMED_FORWARDS = 50
@@ -99,7 +99,8 @@ def latency(plan: GraftPlan, args: argparse.Namespace) -> float:
     dtype = precision.choose(args.precision, device)
     for line in accelerate(model, device, dtype, model.num_tokens, args.kernels):
         print(line, file=sys.stderr)
-    compile_step(world, args.compile, model)
+    compile_models(world, args.compile, model)
+    forward = graphed(world, args.compile, model)
     side = plan.input_size
     x = torch.randn(batch, model.in_channels, side, side, device=device, generator=generator)
     t = torch.full((batch,), 500, device=device)
@@ -112,7 +113,7 @@ def latency(plan: GraftPlan, args: argparse.Namespace) -> float:
         for i in range(WARM_FORWARDS + TIMED_FORWARDS):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            model(x, t, y)
+            forward(x=x, t=t, y=y)
             end.record()
             end.synchronize()
             if i >= WARM_FORWARDS:

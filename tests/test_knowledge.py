@@ -11,7 +11,6 @@ import finetune_tinyfusion
 from diffusion import create_diffusion
 from models.dit import DiT, build_dit
 from models.grafting import build_grafted, load_plan
-from training.draws import Draws
 from training.knowledge import WithHidden, distilled_losses, masked_difference
 
 
@@ -27,19 +26,19 @@ def tiny(seed):
 def test_losses_are_their_definition():
     student, teacher, diffusion = tiny(0), tiny(1), create_diffusion("")
     x, noise = torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8)
-    draws = Draws(torch.tensor([0, 10, 500, 999]), noise, torch.tensor([False, True, False, True]))
-    labels = {"y": torch.tensor([0, 1, 2, 3]), "drop": draws.drop}
+    t, drop = torch.tensor([0, 10, 500, 999]), torch.tensor([False, True, False, True])
+    labels = {"y": torch.tensor([0, 1, 2, 3]), "drop": drop}
     terms = distilled_losses(
-        diffusion, WithHidden(student), WithHidden(teacher), x, draws, labels, 0.8, 0.05
+        diffusion, WithHidden(student), WithHidden(teacher), x, t, noise, labels, 0.8, 0.05
     )
-    plain = diffusion.training_losses(student, x, draws.t, labels, noise=noise)
+    plain = diffusion.training_losses(student, x, t, labels, noise=noise)
     torch.testing.assert_close(terms["mse"], plain["mse"])
     torch.testing.assert_close(terms["vb"], plain["vb"])
-    x_t = diffusion.q_sample(x, draws.t, noise)
-    s, f = (model(x_t, draws.t, labels["y"], drop=draws.drop) for model in (student, teacher))
+    x_t = diffusion.q_sample(x, t, noise)
+    s, f = (model(x_t, t, labels["y"], drop=drop) for model in (student, teacher))
     kd = (s - f)[:, :4].square().mean((1, 2, 3)) + (s - f)[:, 4:].square().mean((1, 2, 3))
     torch.testing.assert_close(terms["kd"], kd)
-    hidden = [WithHidden(m)(x_t, draws.t, labels["y"], draws.drop)[1] for m in (student, teacher)]
+    hidden = [WithHidden(m)(x_t, t, labels["y"], drop)[1] for m in (student, teacher)]
     assert len(hidden[0]) == 3 and not torch.equal(hidden[0][0], hidden[0][2])
     features = sum(masked_difference(a, b) for a, b in zip(*hidden, strict=True)) / 3
     torch.testing.assert_close(terms["features"], features)

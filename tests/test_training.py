@@ -15,7 +15,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from diffusion import create_diffusion, noise
-from latents.loader import Batch, LatentLoader
+from latents.loader import LatentLoader
 from latents.store import open_latents
 from models.dit import DiT
 from models.plan import GraftPlan
@@ -375,10 +375,8 @@ def test_the_first_activation_that_is_not_finite_is_named():
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 1])
     again = lambda: model.forward(*inputs)  # noqa: E731
     assert nonfinite.first_nonfinite({"": model}, again) is None
-    means = Means(CPU, ["loss", "mse"], parts=2)
-    for value in (1.0, 3.0):
-        means.add(torch.tensor([value, math.inf]))
-    means.end_step()
+    means = Means(CPU, ["loss", "mse"])
+    means.add(torch.tensor([2.0, math.inf]))
     said = nonfinite.where(CPU, means, {"": model}, again)
     assert said == "on rank 0 loss 2, mse inf; its activations are finite"
     with torch.no_grad():
@@ -395,14 +393,14 @@ def test_parts_of_a_batch_reduce_gradients_once():
             torch.nn.Module.__init__(self)
             self.require_backward_grad_sync = True
 
-    index = torch.arange(6)
-    batch = Batch(3, 1, index, index[:, None] * 2.0, index * 3)
+    x = torch.arange(6)
+    inputs = {"x": x, "tau": torch.tensor(4.0), "y": x[:, None] * 3}
     net, seen = Net(), []
-    for part in distributed.micro_batches(net, batch, 3):
-        assert (part.step, part.epoch) == (3, 1) and torch.equal(part.labels, part.index * 3)
-        seen.append((part.index.tolist(), net.require_backward_grad_sync))
+    for part in distributed.micro_batches(net, inputs, 3):
+        assert part["tau"] == 4 and torch.equal(part["y"][:, 0], part["x"] * 3)
+        seen.append((part["x"].tolist(), net.require_backward_grad_sync))
     assert seen == [([0, 1], False), ([2, 3], False), ([4, 5], True)]
-    assert len(list(distributed.micro_batches(torch.nn.Linear(1, 1), batch, 6))) == 6
+    assert len(list(distributed.micro_batches(torch.nn.Linear(1, 1), inputs, 6))) == 6
     with pytest.raises(
         ValueError, match="by the 2 processes x --grad-accum 4; use a multiple of 8"
     ):

@@ -1,4 +1,10 @@
-"""torch.compile where it pays: on CUDA."""
+"""torch.compile and CUDA graphs where they pay: on CUDA.
+
+A model is compiled block by block: blocks of a kind share their code, so that 28 of them compile in
+the time of one, and each block's gradients are there, and on their way to the other processes,
+while those of the blocks before it are still computed. The launches that this leaves are taken off
+the host by running the whole step, from the model's input to the averages, as one CUDA graph.
+"""
 
 from collections.abc import Callable
 
@@ -15,28 +21,84 @@ MODEL_OPTIONS = {"layout_optimization": False}
 # Philox's 32-bit multipliers do not fit.
 FUNCTION_OPTIONS = {"constant_and_index_propagation": False}
 
+# Kinds of blocks, times batch sizes, times training or not, for which one block may be compiled.
+KINDS = 64
 
-def compile_model(model: torch.nn.Module, graphs: bool = False) -> None:
-    """Compiles a model in place; with `graphs`, into CUDA graphs."""
-    model.compile(options={**MODEL_OPTIONS, "triton.cudagraphs": graphs})
+# Steps before a graph is captured. DistributedDataParallel times its first ten and then settles.
+WARM, WARM_TOGETHER = 3, 12
 
 
-def compile_step(
-    world: World,
-    wanted: bool,
-    model: torch.nn.Module | None,
-    *functions: Callable,
-    graphs: bool = True,
-) -> tuple[Callable, ...]:
-    """Compiles a step's model in place and gives back its functions, compiled.
+def _wanted(world: World, flag: bool) -> bool:
+    """Whether --compile is to have an effect here."""
+    return flag and world.device.type == "cuda"
 
-    Alone on a GPU the model runs as CUDA graphs, which take the launches of its kernels off the
-    host; with several processes it does not, because gradients then leave the graph to be reduced.
-    Neither does it without `graphs`: gradients that are to be accumulated lie in memory that the
-    graphs' next run overwrites. On the CPU, or when not wanted, nothing changes.
-    """
-    if not wanted or world.device.type != "cuda":
+
+def compile_models(world: World, flag: bool, *models: torch.nn.Module) -> None:
+    """Compiles models in place: a DiT, or what holds one as `dit`, block by block."""
+    if not _wanted(world, flag):
+        return
+    torch._dynamo.config.recompile_limit = KINDS
+    for model in models:
+        dit = getattr(model, "dit", model)
+        for region in dit.regions() if hasattr(dit, "regions") else [model]:
+            region.compile(options=MODEL_OPTIONS, dynamic=False)
+
+
+def compile_functions(world: World, flag: bool, *functions: Callable) -> tuple[Callable, ...]:
+    """Functions of a step beside its model, compiled where --compile has an effect."""
+    if not _wanted(world, flag):
         return functions
-    if model is not None:
-        compile_model(model, graphs=graphs and world.size == 1)
     return tuple(torch.compile(function, options=FUNCTION_OPTIONS) for function in functions)
+
+
+class Graphed:
+    """A function of tensors that runs as one CUDA graph after some calls.
+
+    function(**inputs) takes tensors and gives a tensor or a tuple of them; it must do the same work
+    at every call and wait for nothing. It may change what it closes over (weights, averages): the
+    calls before the capture count like the others. Results are overwritten by the next call. Inputs
+    must keep their shapes.
+
+    warm: calls before the capture, in which things are compiled and allocated.
+    """
+
+    def __init__(self, function: Callable, device: torch.device, warm: int = WARM):
+        self.function, self.device, self.left = function, device, warm
+        self.stream = torch.cuda.Stream(device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, **inputs: torch.Tensor):
+        if self.left > 0:
+            self.left -= 1
+            return self._aside(inputs)
+        if self.graph is None:
+            self._capture(inputs)
+        for name, tensor in inputs.items():
+            self.inputs[name].copy_(tensor)
+        self.graph.replay()
+        return self.results
+
+    def _aside(self, inputs: dict[str, torch.Tensor]):
+        """A call on the stream of the capture, as capturing asks for."""
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            results = self.function(**inputs)
+        current.wait_stream(self.stream)
+        return results
+
+    def _capture(self, inputs: dict[str, torch.Tensor]) -> None:
+        self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        self.graph = torch.cuda.CUDAGraph()
+        # Other threads read latents and write checkpoints meanwhile.
+        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+            self.results = self.function(**self.inputs)
+
+
+def graphed(world: World, flag: bool, function: Callable) -> Callable:
+    """`function` as a `Graphed` where --compile has an effect, else as it is."""
+    if not _wanted(world, flag):
+        return function
+    return Graphed(function, world.device, WARM if world.size == 1 else WARM_TOGETHER)

@@ -237,10 +237,17 @@ class Steps:
 
     def step(self) -> torch.Tensor:
         """A step of every operator whose gradient is finite; their norms before clipping, [S]."""
-        norms = [guard.step() for guard in self.guards]
+        return torch.stack([guard.step() for guard in self.guards])
+
+    def set_rates(self) -> None:
+        """See `StepGuard.set_rates`."""
+        for guard in self.guards:
+            guard.set_rates()
+
+    def step_rates(self) -> None:
+        """The schedules' next learning rates."""
         for schedule in self.schedules:
             schedule.step()
-        return torch.stack(norms)
 
     def zero_grad(self) -> None:
         for guard in self.guards:
@@ -334,14 +341,14 @@ class Best:
 def validation(
     teacher: Teacher,
     students: Students,
-    batches: Iterable[tuple],
+    batches: Iterable[dict[str, torch.Tensor]],
     world: World,
     dtype: torch.dtype,
 ) -> tuple[list[float], list[float]]:
     """Loss and relative error of every operator over all processes' batches, in eval mode.
 
     Args:
-        batches: this process's, perhaps none; each what the teacher takes.
+        batches: this process's, perhaps none; each the teacher's keywords.
         dtype: of the autocast, as in training.
     """
     sums = torch.zeros(3, len(students.slots), device=world.device)  # losses, (g - f)^2, f^2
@@ -349,9 +356,9 @@ def validation(
     students.eval()
     for batch in batches:
         with precision.autocast(world.device, dtype):
-            losses, squares = students.forward(*teacher.forward(*batch))
-        sums += torch.cat([losses[None] * len(batch[0]), squares])
-        seen += len(batch[0])
+            losses, squares = students(*teacher(**batch))
+        sums += torch.cat([losses[None] * len(batch["x"]), squares])
+        seen += len(batch["x"])
     students.train()
     total, wrong, whole = distributed.sum_across(world, sums)
     losses = total / distributed.sum_across(world, seen)

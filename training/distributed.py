@@ -14,14 +14,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-
-if TYPE_CHECKING:
-    from latents.loader import Batch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 T = TypeVar("T")
@@ -176,16 +173,24 @@ def wrap(world: World, module: torch.nn.Module) -> torch.nn.Module:
     )
 
 
-def micro_batches(net: torch.nn.Module, batch: "Batch", number: int) -> Iterator["Batch"]:
-    """The batch in `number` parts, one a forward and backward pass of `net`, a `wrap`ped module.
+def micro_batches(
+    net: torch.nn.Module, inputs: dict[str, torch.Tensor], number: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """A step's inputs in `number` parts, one a forward and backward pass of `net`.
 
-    The processes average their gradients once, in the last part's backward pass.
+    Args:
+        net: a `wrap`ped module. The processes average their gradients once, in the last part's
+            backward pass.
+        inputs: tensors [B, ...] that are cut into B / number samples, and 0-d ones for all.
     """
-    *first, last = batch.parts(number)
+    whole = {name: tensor for name, tensor in inputs.items() if tensor.ndim == 0}
+    cut = [tensor.chunk(number) for tensor in inputs.values() if tensor.ndim]
+    names = [name for name, tensor in inputs.items() if tensor.ndim]
+    parts = [whole | dict(zip(names, pieces, strict=True)) for pieces in zip(*cut, strict=True)]
     wrapped = isinstance(net, DistributedDataParallel)
     with net.no_sync() if wrapped else nullcontext():
-        yield from first
-    yield last
+        yield from parts[:-1]
+    yield parts[-1]
 
 
 def decide(world: World, choose: Callable[[], T]) -> T:

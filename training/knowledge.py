@@ -13,7 +13,6 @@ from diffusion.gaussian import Diffusion
 from models.dit import DiT
 from models.graft_plan import GraftPlan
 from models.grafting import build_grafted
-from training.draws import Draws
 
 OUTLIER = 2.0  # standard deviations from the mean beyond which a feature is not compared
 
@@ -62,16 +61,17 @@ def distilled_losses(
     student: Callable,
     teacher: Callable,
     x: torch.Tensor,
-    draws: Draws,
+    t: torch.Tensor,
+    noise: torch.Tensor,
     labels: dict,
     kd_weight: float,
-    feature_weight: float,
+    feature_weight: float | torch.Tensor,
 ) -> dict[str, torch.Tensor]:
     """kd_weight * kd + (1 - kd_weight) * (mse + vb) + feature_weight * features.
 
     Args:
         student, teacher: as `WithHidden`; both see the same noised latents, timesteps and labels.
-        x: latents [B,C,H,W].
+        x, t, noise: latents [B,C,H,W], timesteps [B], unit normal like x.
         labels: the keywords of the models beside x and t.
 
     Returns:
@@ -86,7 +86,7 @@ def distilled_losses(
         seen["given"] = x_t, t, keywords
         return seen["output"]
 
-    terms = diffusion.training_losses(once, x, draws.t, labels, noise=draws.noise)
+    terms = diffusion.training_losses(once, x, t, labels, noise=noise)
     x_t, t, keywords = seen["given"]
     with torch.no_grad():
         target, hidden = teacher(x_t, t, **keywords)

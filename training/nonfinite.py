@@ -20,7 +20,7 @@ def where(
     Args:
         means: of the run; holds the terms.
         models: name -> module, for the message; "" for a model whose blocks speak for themselves.
-        forward: repeats the step's forward passes, uncompiled.
+        forward: repeats the step's forward passes.
     """
     terms = ", ".join(
         f"{name} {value:.4g}" for name, value in zip(means.names, means.last.tolist(), strict=True)
@@ -53,7 +53,8 @@ def first_nonfinite(models: Mapping[str, nn.Module], forward: Callable[[], objec
         if prefix or name
     ]
     try:
-        forward()
+        with torch.compiler.set_stance("force_eager"):  # compiled modules call no hooks
+            forward()
     finally:
         for hook in hooks:
             hook.remove()

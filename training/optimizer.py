@@ -1,7 +1,8 @@
 """AdamW, learning-rate schedules, and a step that every process takes or skips together."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -69,16 +70,37 @@ class StepGuard:
         device = self.parameters[0].device
         self.skipped = torch.zeros((), device=device)
         self.in_a_row = torch.zeros((), device=device)
+        self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
+
+    def set_rates(self) -> None:
+        """Hands the schedule's learning rates to the device; before each `step`.
+
+        Apart from it, because a captured step reads them where they lie.
+        """
+        for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
+            rate.fill_(group["lr"])
 
     def step(self) -> torch.Tensor:
         """One optimiser step; returns the gradient norm before clipping, 0-d."""
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
         bad = (~torch.isfinite(norm)).float()
         self.optimizer.found_inf = bad
-        self.optimizer.step()
+        with self._rates_on_device():
+            self.optimizer.step()
         self.skipped += bad
         self.in_a_row.add_(bad).mul_(bad)
         return norm
+
+    @contextmanager
+    def _rates_on_device(self) -> Iterator[None]:
+        """Within it the optimiser can be captured; schedules and checkpoints hold plain numbers."""
+        groups = self.optimizer.param_groups if self.rates[0].is_cuda else []
+        numbers = [group["lr"] for group in groups]
+        for group, rate in zip(groups, self.rates, strict=False):
+            group["lr"], group["capturable"] = rate, True
+        yield
+        for group, number in zip(groups, numbers, strict=True):
+            group["lr"], group["capturable"] = number, False
 
     def state_dict(self) -> dict:
         """The counts, for a checkpoint."""

@@ -43,27 +43,21 @@ class Means:
     Args:
         world: this process's place.
         names: of the terms.
-        parts: passes a step, see `training.distributed.micro_batches`.
 
     Attributes:
-        last: [K], the terms of this process's last whole step.
+        last: [K], the terms of this process's last step.
     """
 
-    def __init__(self, world: World, names: Sequence[str], parts: int = 1) -> None:
-        self.world, self.names, self.parts = world, tuple(names), parts
+    def __init__(self, world: World, names: Sequence[str]) -> None:
+        self.world, self.names = world, tuple(names)
         self.last = torch.zeros(len(self.names), device=world.device)
-        self._now = torch.zeros_like(self.last)
         self._sums = torch.zeros(2, len(self.names), device=world.device)  # and how many
 
     def add(self, terms: torch.Tensor) -> None:
-        """The terms [K] of one pass, means over its samples."""
-        self._now += terms.detach() / self.parts
-
-    def end_step(self) -> None:
-        """Ends a step of `parts` passes."""
-        finite = self._now.isfinite()
-        self._sums += torch.stack([torch.where(finite, self._now, 0), finite.float()])
-        self.last, self._now = self._now, torch.zeros_like(self._now)
+        """The terms [K] of a step, means over its samples."""
+        self.last.copy_(terms)
+        finite = terms.isfinite()
+        self._sums += torch.stack([torch.where(finite, terms, 0), finite.float()])
 
     def take(self) -> dict[str, float]:
         """The means, which begin anew; NaN for a term that was never finite."""

@@ -32,7 +32,7 @@ def validation_loss(
     """Means of "loss", "mse" and "vb" over all images of a store, each at `DRAWS` timesteps.
 
     The draws depend on an image's place in the store alone, so that models, steps and world sizes
-    compare. No label is dropped. The model runs in eval mode, uncompiled, and is left as it was.
+    compare. No label is dropped. The model runs in eval mode and is left as it was.
 
     Args:
         dtype: of the autocast, as in training.
@@ -50,7 +50,7 @@ def validation_loss(
             draws = draw(SEED, epoch, index, x.shape[1:], diffusion.num_timesteps, 0.0)
             with precision.autocast(world.device, dtype):
                 terms = diffusion.training_losses(
-                    model.forward, x, draws.t, {"y": labels}, noise=draws.noise
+                    model, x, draws.t, {"y": labels}, noise=draws.noise
                 )
             sums += torch.stack(
                 [*(terms[n].double().sum() for n in names), sums.new_tensor(len(x))]
