@@ -4,11 +4,12 @@ r"""Learned selection against the guesses, on the miniature testbed: raw results
     python scripts/selection_study.py report
 
 `run` encodes the testbed's pictures, distills the operator into every block, learns a selection a
-seed with prune_by_learning.py, writes the guesses with scripts/guess_plans.py, and gives every plan
-the same finetuning, sampling and scoring by the ordinary entries, and the same to the base model
-without a graft. Each finished case is one small JSON in --results; started again, it makes the
-cases that are missing. `report` turns the JSONs into the tables of docs/selection.md (between its
-two markers) and docs/images/selection_study.png.
+seed with prune_by_learning.py (learned: between the grafts of the 75 % plan, as published;
+learned-any: every block may be grafted), writes the guesses with scripts/guess_plans.py, and gives
+every plan the same finetuning, sampling and scoring by the ordinary entries, and the same to the
+base model without a graft. Each finished case is one small JSON in --results; started again, it
+makes the cases that are missing. `report` turns the JSONs into the tables of docs/selection.md
+(between its two markers) and docs/images/selection_study.png.
 """
 
 import argparse
@@ -29,7 +30,8 @@ from scripts.testbed import BASE, METRICS, REPOSITORY, entry
 from training import arguments, distributed
 
 RESULTS = REPOSITORY / "docs" / "results" / "selection"
-PATTERNS = ("learned", "interleaved", "deep", "shallow", "top-local", "low-local", "random")
+LEARNED = {"learned": "candidate.yaml", "learned-any": "distilled.yaml"}  # from which plan
+PATTERNS = (*LEARNED, "interleaved", "deep", "shallow", "top-local", "low-local", "random")
 UNGRAFTED = ("none", "base")  # the operator and pattern of the base model's cases
 
 
@@ -54,6 +56,7 @@ def prepare(operator: str, args: argparse.Namespace) -> None:
         "--locality", args.work / "locality" / "locality.json", "--seeds", *args.seeds,
     )  # fmt: skip
     write_plan(load_plan(distilled), folder / "candidate.yaml", {"mha": candidates})
+    write_plan(load_plan(distilled), folder / "distilled.yaml", {})
 
 
 def make(case: tuple[str, str, int], gpu: int, args: argparse.Namespace) -> dict:
@@ -62,9 +65,9 @@ def make(case: tuple[str, str, int], gpu: int, args: argparse.Namespace) -> dict
     name, answer, base = "-".join(map(str, case)), None, []
     if (operator, pattern) == UNGRAFTED:
         plan, base = REPOSITORY / "configs/mini/no_graft.yaml", ["--load-weight", BASE]
-    elif pattern == "learned":
+    elif pattern in LEARNED:
         entry(
-            "prune_by_learning.py", "--config", args.work / "plans" / operator / "candidate.yaml",
+            "prune_by_learning.py", "--config", args.work / "plans" / operator / LEARNED[pattern],
             *testbed.data_flags(args, seed), "--prefix", f"select-{name}", "--delta-w", "--lora",
             "--max-steps", args.selection_steps, "--lr", 3e-4, "--gate-lr", 3e-3,
             "--ema-decay", 0.99, *args.selection_flags, gpu=gpu,
@@ -159,7 +162,7 @@ def plot(groups: dict, operators: list[str], path: Path) -> None:
             shown = [p for p in PATTERNS if (operator, p) in groups]
             for place, pattern in enumerate(shown):
                 values = [record[metric] for record in groups[operator, pattern]]
-                color = "tab:orange" if pattern == "learned" else "tab:blue"
+                color = "tab:orange" if pattern in LEARNED else "tab:blue"
                 axis.plot(values, [place] * len(values), "o", color=color, alpha=0.6)
                 axis.plot(statistics.mean(values), place, "|", color=color, markersize=16)
             axis.set_yticks(range(len(shown)), shown)

@@ -36,7 +36,9 @@ def entry(*command, threads: int = 1, gpu: int = 0) -> None:
     words = [sys.executable, *map(str, command)]
     limits = {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
     if torch.cuda.device_count() > 1:
-        limits["CUDA_VISIBLE_DEVICES"] = str(gpu % torch.cuda.device_count())
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        cards = visible.split(",") if visible else range(torch.cuda.device_count())
+        limits["CUDA_VISIBLE_DEVICES"] = str(cards[gpu % len(cards)])
     result = subprocess.run(
         words, cwd=REPOSITORY, env={**os.environ, **limits}, capture_output=True, text=True
     )

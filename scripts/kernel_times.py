@@ -1,0 +1,51 @@
+"""Where a GPU's time goes: the kernels of a step, by kind and one by one.
+
+Not a command: benchmark.py prints it with --profile.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+
+STEPS = 3
+KINDS = {  # the first that is found in a kernel's name
+    "attention": r"flash|fmha|attention|cudnn_generated|sdpa",
+    "products": r"gemm|nvjet|cutlass|xmma|wgmma|splitK",
+    "convolutions": r"conv",
+    "between processes": r"nccl",
+    "optimiser, averages, norms": r"multi_tensor|Adam|foreach|lerp",
+    "Inductor's own": r"^triton_",
+    "copies": r"Memcpy|Memset|copy_kernel|direct_copy",
+    "other": r"",
+}
+
+
+def kernel_times(once: Callable[[], None]) -> dict[str, tuple[float, float]]:
+    """Kernel -> milliseconds and launches a step, over a few calls of a warm step on CUDA."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(STEPS):
+            once()
+        torch.cuda.synchronize()
+    times: Counter = Counter()
+    launches: Counter = Counter()
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            times[event.name] += event.time_range.elapsed_us() / 1e3 / STEPS
+            launches[event.name] += 1 / STEPS
+    return {name: (ms, launches[name]) for name, ms in times.most_common()}
+
+
+def table(times: dict[str, tuple[float, float]], most: int = 24) -> str:
+    """Milliseconds a step by kind, and of the kernels that take most."""
+    kinds: Counter = Counter()
+    for name, (ms, _) in times.items():
+        kinds[next(kind for kind, text in KINDS.items() if re.search(text, name))] += ms
+    lines = [f"  {ms:9.3f} ms  {kind}" for kind, ms in kinds.most_common()]
+    lines += [
+        f"  {ms:9.3f} ms {number:7.1f} x  {name[:110]}"
+        for name, (ms, number) in list(times.items())[:most]
+    ]
+    return "\n".join(lines)
