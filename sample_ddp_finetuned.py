@@ -28,6 +28,7 @@ from evaluation.writers import describe_run, save_grid, save_npz, save_png
 from latents.codec import load_codec
 from models.files import file_sha256
 from models.grafting import build_grafted, load_trained, with_base
+from models.inference import quicken
 from models.operators.accelerators import accelerate
 from models.plan import find_file, flag_path, plan_from_flags
 from training import arguments, distributed, precision
@@ -67,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
         )
     model.to(world.device).eval()
     paths = accelerate(model, world.device, dtype, model.num_tokens, args.kernels)
-    precision.cast_products(model, dtype)
+    quicken(model, dtype, args.fp8)
     codec = load_codec(str(vae_path), world.device, dtype, name=vae)
     if codec.downsample * plan.input_size != plan.image_size or codec.channels != model.in_channels:
         raise ValueError(
@@ -77,6 +78,8 @@ def main(args: argparse.Namespace) -> None:
         )
     (step_normal,) = compile_functions(world, args.compile, noise.normal)
     compile_models(world, args.compile, model)
+    if args.compile:
+        codec = codec.compiled(args.per_proc_batch_size, plan.image_size)
 
     # Folder: made once, described, never mixed with images of other settings
     name = args.folder_name or default_name(args, plan.model_name, checkpoint)
@@ -96,6 +99,7 @@ def main(args: argparse.Namespace) -> None:
         "vae": codec.id,
         "vae_sha256": codec.sha256,
         "precision": str(dtype).removeprefix("torch."),
+        "fp8": args.fp8,
         "num_samples": args.num_fid_samples,
     }
     distributed.decide(world, lambda: describe_run(folder, settings, complete=False))
@@ -222,6 +226,7 @@ def parse_args() -> argparse.Namespace:
     add("--cfg-channels", type=cfg_channels, default=3, help="guided latent channels: 3 or all")
     add = arguments.add_machine(parser)
     add("--per-proc-batch-size", type=arguments.positive, default=32, help="images at a time")
+    add("--fp8", action="store_true", help="8-bit products in the blocks; faster, less exact")
     add(
         "--tf32",
         action=argparse.BooleanOptionalAction,

@@ -1,7 +1,8 @@
 """The VAE between pixels and latents, behind the two calls that the pipeline makes of it."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +29,8 @@ class Codec:
         channels: C of the latents.
         id: the VAE as it was asked for: "ema", "mse" or a folder, as the user wrote it.
         sha256: of the weight file.
+        images: how many images the network always takes at once, a short batch being filled up;
+            None where it takes any number.
     """
 
     vae: torch.nn.Module
@@ -38,6 +41,28 @@ class Codec:
     sha256: str
     device: torch.device
     dtype: torch.dtype
+    images: int | None = None
+
+    def compiled(self, batch: int, image_size: int) -> "Codec":
+        """The codec compiled, on CUDA, for batches of `batch` images; elsewhere as it is.
+
+        image_size: pixels.
+        """
+        if self.device.type != "cuda":
+            return self
+        for half in (self.vae.encoder, self.vae.decoder):
+            half.compile(dynamic=False)
+        return replace(self, images=min(batch, _images_a_pass(image_size, image_size)))
+
+    def _parts(
+        self, x: torch.Tensor, pixels: tuple[int, int]
+    ) -> Iterator[tuple[torch.Tensor, int]]:
+        """What passes the network at once, and how many of it count."""
+        for part in x.split(self.images or _images_a_pass(*pixels)):
+            number = len(part)
+            if self.images is not None and number < self.images:
+                part = part[torch.arange(self.images, device=part.device) % number]
+            yield part, number
 
     def _autocast(self) -> torch.autocast:
         enabled = self.dtype != torch.float32
@@ -57,11 +82,11 @@ class Codec:
                 f"{self.downsample}; choose another image size"
             )
         parts = []
-        for part in images.split(max(1, PASS_PIXELS // (H * W))):
+        for part, number in self._parts(images, (H, W)):
             part = part.to(self.device, torch.float32, memory_format=torch.channels_last)
             with self._autocast():
                 moments = self.vae.encode(part).latent_dist.parameters  # [b, 2C, h, w]
-            mean, logvar = moments.float().chunk(2, dim=1)
+            mean, logvar = moments[:number].float().chunk(2, dim=1)
             parts.append(torch.cat((mean, logvar.clamp(*LOGVAR_RANGE)), dim=1))
         return torch.cat(parts).contiguous()
 
@@ -70,13 +95,19 @@ class Codec:
         """Scaled latents [B, C, h, w] to uint8 images [B, H, W, 3] on the codec's device."""
         _, _, h, w = latents.shape
         parts = []
-        for part in latents.split(max(1, PASS_PIXELS // (h * w * self.downsample**2))):
+        for part, number in self._parts(latents, (h * self.downsample, w * self.downsample)):
             part = part.to(self.device, torch.float32) / self.scale
             with self._autocast():
                 images = self.vae.decode(part.contiguous(memory_format=torch.channels_last)).sample
-            images = (images.float() * 127.5 + 128.0).clamp(0, 255)  # -1..1; uint8 cuts, so rounds
+            images = (images[:number].float() * 127.5 + 128.0).clamp(
+                0, 255
+            )  # -1..1; uint8 cuts, so rounds
             parts.append(images.to(torch.uint8).permute(0, 2, 3, 1))
         return torch.cat(parts).contiguous()
+
+
+def _images_a_pass(height: int, width: int) -> int:
+    return max(1, PASS_PIXELS // (height * width))
 
 
 def scale_of(vae: str | Path) -> float:

@@ -15,6 +15,7 @@ self-grafts it and as the original elsewhere, with a note.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -75,7 +76,7 @@ def build_grafted(
     """
     has_files = plan.base_ckpt_path is not None or plan.grafted_ckpt_path is not None
     # A file replaces every tensor of the DiT itself, so that none needs memory or a start.
-    with torch.device("meta" if weights and has_files else "cpu"):
+    with torch.device("meta") if weights and has_files else nullcontext():
         model = build_dit(plan.model_name, plan.input_size, num_classes=plan.num_classes)
     graft(model, plan, pairs)
     own = model.state_dict()

@@ -30,6 +30,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -223,7 +224,8 @@ def vae(args: argparse.Namespace) -> None:
         images = torch.rand(batch, 3, args.image_size, args.image_size, device=world.device) * 2 - 1
         latents = torch.randn(batch, 4, side, side, device=world.device)
         public = loops.published_coding(codec, images, latents)
-        here = loops.coding(codec, images, latents)
+        fast = replace(codec, vae=copy.deepcopy(codec.vae)).compiled(batch, args.image_size)
+        here = loops.coding(fast, images, latents)
         for work in ("encode", "decode"):
             both = {"published": partial(public.get, work), "here": partial(here.get, work)}
             found = side_by_side(both, 1, args.rounds, world.device)

@@ -23,6 +23,7 @@ from latents.store import LatentStore
 from models.dit import DiT
 from models.graft_plan import GraftPlan
 from models.grafting import build_grafted
+from models.inference import quicken
 from models.operators.accelerators import accelerate
 from models.selection import GatedDiT, LayerGates, settle
 from training import distributed, precision
@@ -49,11 +50,14 @@ class Setting:
     batch: int
     compile: bool
     kernels: str
+    whole: bool = False
 
 
-def random_dit(plan: GraftPlan, pairs: bool = False) -> DiT:
+def random_dit(plan: GraftPlan, device: torch.device, pairs: bool = False) -> DiT:
     """A plan's model with random weights, no layer at zero: products of zeros run faster."""
-    model, _ = build_grafted(plan, weights=False, pairs=pairs)
+    with device:
+        model, _ = build_grafted(plan, weights=False, pairs=pairs)
+    model.to(device)
     for layer in model.modules():
         if isinstance(layer, nn.Linear) and not layer.weight.any():
             nn.init.normal_(layer.weight, std=0.02)
@@ -62,7 +66,7 @@ def random_dit(plan: GraftPlan, pairs: bool = False) -> DiT:
 
 def trainable(setting: Setting, selection: bool) -> tuple[nn.Module, LayerGates | None]:
     """The module a training step runs: a DiT, or one with gates and LoRA as selection has it."""
-    model = random_dit(setting.plan, pairs=selection)
+    model = random_dit(setting.plan, setting.world.device, pairs=selection)
     if not selection:
         return model.to(setting.world.device).train(), None
     blocks = setting.plan.grafted_blocks()
@@ -122,7 +126,7 @@ def training(setting: Setting, selection: bool) -> Step:
     latents, draws_of, uniform = compile_functions(
         world, setting.compile, store.latents, draw, noise.uniform
     )
-    compile_models(world, setting.compile, net)
+    compile_models(world, setting.compile, net, whole=setting.whole)
     wrapped = distributed.wrap(world, net)
     diffusion = create_diffusion("")
     moments = torch.randn(B, 2, 8, *store.shape[1:], device=device).half()
@@ -176,17 +180,18 @@ def random_store(plan: GraftPlan, count: int) -> LatentStore:
 
 def published_sampling(setting: Setting) -> Step:
     """One guided reverse step of DDPM in the published style."""
-    return _sampling(setting, random_dit(setting.plan), torch.randn_like, cfg_scale=1.5)
+    model = random_dit(setting.plan, setting.world.device)
+    return _sampling(setting, model, torch.randn_like, cfg_scale=1.5)
 
 
-def sampling(setting: Setting) -> Step:
+def sampling(setting: Setting, fp8: bool = False) -> Step:
     """One guided reverse step of DDPM as sample_ddp_finetuned.py takes it."""
     world = setting.world
-    model = random_dit(setting.plan).to(world.device).eval()
+    model = random_dit(setting.plan, world.device).eval()
     accelerate(model, world.device, setting.dtype, model.num_tokens, setting.kernels)
-    precision.cast_products(model, setting.dtype)
+    quicken(model, setting.dtype, fp8)
     (normal,) = compile_functions(world, setting.compile, noise.normal)
-    compile_models(world, setting.compile, model)
+    compile_models(world, setting.compile, model, whole=setting.whole)
     index = torch.arange(setting.batch, device=world.device)
     step = 0
 

@@ -21,6 +21,10 @@ MODEL_OPTIONS = {"layout_optimization": False}
 # Philox's 32-bit multipliers do not fit.
 FUNCTION_OPTIONS = {"constant_and_index_propagation": False}
 
+# Left to itself Inductor keeps rows of at most 1024 numbers in registers while it takes their mean
+# and variance, and reads longer ones twice; DiT-XL/2's have 1152.
+ROW = 2048
+
 # Kinds of blocks, times batch sizes, times training or not, for which one block may be compiled.
 KINDS = 64
 
@@ -33,15 +37,39 @@ def _wanted(world: World, flag: bool) -> bool:
     return flag and world.device.type == "cuda"
 
 
-def compile_models(world: World, flag: bool, *models: torch.nn.Module) -> None:
-    """Compiles models in place: a DiT, or what holds one as `dit`, block by block."""
+def compile_models(world: World, flag: bool, *models: torch.nn.Module, whole: bool = False) -> None:
+    """Compiles models in place: a DiT, or what holds one as `dit`, block by block.
+
+    whole: in one piece all the same. It takes minutes instead of seconds and then runs faster by
+    what there is to gain across the blocks' borders.
+    """
     if not _wanted(world, flag):
         return
-    torch._dynamo.config.recompile_limit = KINDS
+    _settle()
     for model in models:
         dit = getattr(model, "dit", model)
-        for region in dit.regions() if hasattr(dit, "regions") else [model]:
+        apart = hasattr(dit, "regions") and not whole
+        for region in dit.regions() if apart else [model]:
             region.compile(options=MODEL_OPTIONS, dynamic=False)
+
+
+def _settle() -> None:
+    """What torch.compile has no option for; before anything is compiled."""
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.runtime.hints import ReductionHint
+    from torch._inductor.virtualized import V
+
+    class Choices(InductorChoices):
+        @staticmethod
+        def should_use_persistent_reduction(features, cooperative_reduction: bool) -> bool:
+            usual = InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
+            return usual or (
+                features.get_reduction_hint() == ReductionHint.INNER
+                and V.graph.sizevars.statically_known_leq(features.reduction_numel, ROW)
+            )
+
+    torch._dynamo.config.recompile_limit = KINDS
+    torch._inductor.config.inductor_choices_class = Choices
 
 
 def compile_functions(world: World, flag: bool, *functions: Callable) -> tuple[Callable, ...]:

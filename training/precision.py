@@ -26,14 +26,3 @@ def allow_tf32(allow: bool = True) -> None:
     """Lets float32 matrix products of CUDA use TF32 (about 1e-3 relative); CPU is untouched."""
     torch.backends.cuda.matmul.allow_tf32 = allow
     torch.backends.cudnn.allow_tf32 = allow
-
-
-def cast_products(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Stores the weights of matrix products and patches in `dtype`, in place; for inference.
-
-    Autocast would cast them at every call, to the same numbers. Nothing else is touched: norms,
-    tables, scans and their parameters stay float32.
-    """
-    for layer in model.modules():
-        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
-            layer.to(dtype)
