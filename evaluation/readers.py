@@ -4,7 +4,7 @@ import io
 import struct
 import zipfile
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,14 +23,17 @@ class ImageFiles:
     path, kind   where they are; "folder"
     size         (width, height) of the first picture, which all others must have
 
+    Args:
+        files: these in this order, in place of all.
+
     Raises: FileNotFoundError when there is none, ValueError when the first cannot be read.
     """
 
     kind = "folder"
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, files: Sequence[Path] | None = None):
         self.path = path
-        self.files = sorted(
+        self.files = files or sorted(
             file
             for file in path.rglob("*")
             if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")

@@ -3,16 +3,24 @@
 import json
 import math
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from evaluation.readers import ImageFiles, batches
 from models.files import read_json, remove_stale, write_json, write_whole
 from models.provenance import environment
 
 # Settings that are paths -> the setting that tells what lies there. A file may move.
-IDENTIFIED_BY = {"config": "plan", "checkpoint": "checkpoint_sha256", "vae": "vae_sha256"}
+IDENTIFIED_BY = {
+    "config": "plan",
+    "checkpoint": "checkpoint_sha256",
+    "vae": "vae_sha256",
+    "labels": "labels_sha256",
+}
+PACKED = 64  # images that go into an .npz at once
 
 
 def describe_run(folder: Path, settings: dict, complete: bool) -> None:
@@ -63,29 +71,33 @@ def save_png(path: Path, image: np.ndarray) -> None:
     write_whole(path, lambda partial: picture.save(partial, format="PNG"), durable=False)
 
 
-def save_npz(path: Path, files: list[Path]) -> None:
-    """Packs PNGs of one size as `arr_0` uint8 [N,H,W,3] of an .npz, one image at a time."""
-    height, width = np.asarray(Image.open(files[0])).shape[:2]
-    header = {
-        "descr": "|u1",
-        "fortran_order": False,
-        "shape": (len(files), height, width, 3),
-    }
+def save_npz(path: Path, files: Sequence[Path], num_workers: int = 4) -> None:
+    """Packs PNGs of one size as `arr_0` uint8 [N,H,W,3] of an .npz, a few at a time in memory.
 
-    def write(partial: Path) -> None:
-        with (
-            zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive,
-            archive.open("arr_0.npy", "w", force_zip64=True) as entry,
-        ):
-            np.lib.format.write_array_header_2_0(entry, header)
-            for file in files:
-                with Image.open(file) as image:
-                    entry.write(np.asarray(image.convert("RGB"), dtype=np.uint8).tobytes())
+    Raises: ValueError naming a file that cannot be read or has another size than the first.
+    """
+    try:
+        images = ImageFiles(files[0].parent, files)
+        width, height = images.size
+        shape = (len(files), height, width, 3)
 
-    write_whole(path, write)
+        def write(partial: Path) -> None:
+            with (
+                zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive,
+                archive.open("arr_0.npy", "w", force_zip64=True) as entry,
+            ):
+                np.lib.format.write_array_header_2_0(
+                    entry, {"descr": "|u1", "fortran_order": False, "shape": shape}
+                )
+                for batch in batches(images, PACKED, num_workers=num_workers):
+                    entry.write(batch.permute(0, 2, 3, 1).numpy().data)  # [B,H,W,3]
+
+        write_whole(path, write)
+    except ValueError as error:
+        raise ValueError(f"{error}; delete that file and repeat the command") from error
 
 
-def save_grid(path: Path, files: list[Path]) -> None:
+def save_grid(path: Path, files: Sequence[Path]) -> None:
     """A near-square picture of the images, in order, row by row."""
     images = []
     for file in files:
