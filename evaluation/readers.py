@@ -10,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# What Pillow raises for damaged files; some of its parsers raise a bare ValueError
+READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)
+READ_ERRORS += (Image.DecompressionBombError,)
 CHANGED = ("L", "LA", "La", "P", "PA", "RGBA", "RGBa", "RGBX", "1", "CMYK", "YCbCr")
 
 
@@ -157,12 +160,14 @@ def _decode(file: Path) -> tuple[np.ndarray, str]:
         raise ValueError(f"{file} has 16 bits a channel; scores are defined on 8-bit images")
     try:
         with Image.open(io.BytesIO(data)) as image:
-            mode = image.mode
-            if mode != "RGB" and mode not in CHANGED:
-                raise ValueError(f"{file} has the colour mode {mode}; save it as 8-bit RGB")
-            return np.asarray(image.convert("RGB")), mode
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            mode, pixels = image.mode, None
+            if mode == "RGB" or mode in CHANGED:
+                pixels = np.asarray(image.convert("RGB"))
+    except READ_ERRORS as error:
         raise ValueError(f"{file} cannot be read as an image: {error}") from error
+    if pixels is None:
+        raise ValueError(f"{file} has the colour mode {mode}; save it as 8-bit RGB")
+    return pixels, mode
 
 
 def _open_array(path: Path, key: str) -> np.ndarray:

@@ -201,9 +201,11 @@ def test_bad_folders_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"000005.png is 9x9 but .*000000.png is 8x8"):
         list(batches(open_images(tmp_path), 2))
     torn = (tmp_path / "000001.png").read_bytes()[:60]
-    (tmp_path / "000005.png").write_bytes(torn)
-    with pytest.raises(ValueError, match="000005.png cannot be read"):
-        list(batches(open_images(tmp_path), 2))
+    short = torn[:11] + b"\x05" + torn[12:]  # of a header that ends early Pillow names no file
+    for damaged in (torn, short):
+        (tmp_path / "000005.png").write_bytes(damaged)
+        with pytest.raises(ValueError, match="000005.png cannot be read"):
+            list(batches(open_images(tmp_path), 2))
     (tmp_path / "000005.png").unlink()
     for mode, kind in (("I;16", np.uint16), ("F", np.float32)):
         name = "deep.png" if mode == "I;16" else "deep.webp"
@@ -542,6 +544,11 @@ def test_entry_refuses_arguments_that_do_not_fit(tmp_path, monkeypatch):
     np.savez(archive, mu=np.zeros(2048), sigma=np.eye(2048, dtype=np.float32)[:1])
     with pytest.raises(ValueError, match="2048 features, --feature-net mini has 64"):
         evaluate(monkeypatch, archive, *mini[1:])
+    # Before any image is scored
+    monkeypatch.setattr(evaluate_fid, "measure", mock.Mock(side_effect=AssertionError))
+    for flag in ("--output", "--save-stats"):
+        with pytest.raises(FileExistsError, match="adm.npz"):
+            evaluate(monkeypatch, *mini, flag, archive / "x.npz")
 
 
 def test_statistics_files_of_another_space_are_refused(tmp_path):

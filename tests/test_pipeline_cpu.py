@@ -77,10 +77,12 @@ def test_samples_are_described_packed_and_scored(work, pair):
     assert metrics["samples_json"]["settings"] == record["settings"]
 
 
-def test_one_process_draws_the_images_of_two(work, pair):
+def test_one_process_draws_the_images_of_two_and_four(work, pair):
     draw_samples(work, "one", *pair, "--per-proc-batch-size", 5)
-    one, two = (np.load(work / "samples" / f"{n}.npz")["arr_0"] for n in ("one", "two"))
-    assert np.abs(one.astype(int) - two.astype(int)).max() <= 1
+    draw_samples(work, "four", *pair, processes=4)
+    packed = [np.load(work / "samples" / f"{n}.npz")["arr_0"] for n in ("one", "two", "four")]
+    one, two, four = (array.astype(int) for array in packed)
+    assert np.abs(one - two).max() <= 1 and np.abs(one - four).max() <= 1
 
 
 def test_stopped_sampling_goes_on_and_refuses_to_mix(work, pair):
