@@ -1,5 +1,6 @@
 """Images to be scored: a folder of pictures or the array `arr_0` of an .npz, as uint8 batches."""
 
+import contextlib
 import io
 import struct
 import zipfile
@@ -106,8 +107,21 @@ def npz_keys(path: str | Path) -> set[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             return {name.removesuffix(".npy") for name in archive.namelist()}
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, NotImplementedError) as error:
         raise ValueError(f"{path} is neither an image folder nor a readable .npz") from error
+
+
+@contextlib.contextmanager
+def naming_damage(path: str | Path) -> Iterator[None]:
+    """Within it, what reading the .npz `path` raises is a ValueError that names it."""
+    try:
+        yield
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:  # a damaged archive can raise anything
+        raise ValueError(
+            f"{path} is damaged or no .npz of plain arrays ({error}): make or fetch it again"
+        ) from error
 
 
 def batches(
@@ -174,20 +188,23 @@ def _open_array(path: Path, key: str) -> np.ndarray:
     """An array of an .npz; memory-mapped when stored plain, so that processes share its pages."""
     if key not in npz_keys(path):
         raise ValueError(f"{path} holds no images: it has no array named {key}")
-    with zipfile.ZipFile(path) as archive:
-        info = archive.getinfo(key + ".npy")
-        with archive.open(info) as member:
-            version = np.lib.format.read_magic(member)
-            if version == (1, 0):
-                shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
-            else:
-                shape, fortran, dtype = np.lib.format.read_array_header_2_0(member)
-            header = member.tell()
-    if info.compress_type != zipfile.ZIP_STORED or fortran or dtype.hasobject:
-        with np.load(path) as archive:
-            return archive[key]
-    with open(path, "rb") as file:
-        file.seek(info.header_offset + 26)  # lengths of name and extra field, in the local header
-        name, extra = struct.unpack("<HH", file.read(4))
-    offset = info.header_offset + 30 + name + extra + header
-    return np.memmap(path, dtype, "r", offset, shape)
+    with naming_damage(path):
+        with zipfile.ZipFile(path) as archive:
+            info = archive.getinfo(key + ".npy")
+            with archive.open(info) as member:
+                version = np.lib.format.read_magic(member)
+                if version == (1, 0):
+                    shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+                else:
+                    shape, fortran, dtype = np.lib.format.read_array_header_2_0(member)
+                header = member.tell()
+        if info.compress_type != zipfile.ZIP_STORED or fortran or dtype.hasobject:
+            with np.load(path) as archive:
+                return archive[key]
+        with open(path, "rb") as file:
+            file.seek(
+                info.header_offset + 26
+            )  # lengths of name and extra field, in the local header
+            name, extra = struct.unpack("<HH", file.read(4))
+        offset = info.header_offset + 30 + name + extra + header
+        return np.memmap(path, dtype, "r", offset, shape)

@@ -229,6 +229,31 @@ def test_bad_archives_are_refused_by_name(tmp_path):
         npz_keys(path)
 
 
+def test_damaged_archives_are_one_error_that_names_them(tmp_path):
+    """A byte in each tenth of the file changes; what is still read is what was written."""
+    path, array, net = tmp_path / "x.npz", pictures(5, 8), MiniFeatures()
+    stats = Statistics(torch.zeros(64).double(), torch.eye(64).double(), 5)
+    refused = 0
+    for write, read in (
+        (lambda: np.savez_compressed(path, arr_0=array), lambda: open_images(path).array),
+        (lambda: save_stats(path, stats, net, "x"), lambda: load_stats(path, net).sigma),
+    ):
+        write()
+        whole, expected = path.read_bytes(), np.asarray(read())
+        for place in range(0, len(whole), len(whole) // 10):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+            try:
+                assert np.array_equal(read(), expected)
+            except ValueError as error:
+                assert str(path) in str(error)
+                refused += 1
+    assert refused > 10
+    np.savez(path, arr_0=np.array([{}]), mu=np.array([{}]), sigma=np.eye(2))
+    for call in (lambda: open_images(path), lambda: load_stats(path, net)):
+        with pytest.raises(ValueError, match="x.npz is damaged or no .npz of plain arrays"):
+            call()
+
+
 def test_grey_and_alpha_are_converted_and_said_once(tmp_path):
     array = pictures(3, 8)
     Image.fromarray(array[0]).save(tmp_path / "0.png")
