@@ -165,10 +165,13 @@ def main(args: argparse.Namespace) -> None:
     # One process gathers
     if world.main:
         files = [folder / f"{i:06d}.png" for i in range(args.num_fid_samples)]
-        save_npz(folder.with_name(folder.name + ".npz"), files, args.num_workers)
-        save_grid(folder.with_name(folder.name + "-grid.png"), files[: args.grid])
+        made = [str(folder), f"{folder}-grid.png"]
+        save_grid(Path(made[1]), files[: args.grid])
+        if args.npz:
+            made.append(f"{folder}.npz")
+            save_npz(Path(made[2]), files, args.num_workers)
         describe_run(folder, settings, complete=True)
-        print(f"done: {folder}, {folder}.npz, {folder}-grid.png")
+        print(f"done: {', '.join(made)}")
     distributed.barrier(world)
     distributed.stop()
 
@@ -257,6 +260,12 @@ def parse_args() -> argparse.Namespace:
     )
     add("--global-seed", type=arguments.seed, default=0, help="labels and noise follow from it")
     add("--grid", type=arguments.positive, default=64, help="images in the grid picture")
+    add(
+        "--npz",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="pack the images as .npz too, of 0.2 MB each at 256 px",
+    )
     add = parser.add_argument_group("sampler").add_argument
     add("--sampler", choices=("ddpm", "ddim", "dpm++"), default="ddpm", help="the papers': ddpm")
     add("--num-sampling-steps", type=arguments.positive, default=250, help="2 to 1000")

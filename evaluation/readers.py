@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -178,7 +178,8 @@ def _decode(file: Path) -> tuple[np.ndarray, str]:
             if mode == "RGB" or mode in CHANGED:
                 pixels = np.asarray(image.convert("RGB"))
     except READ_ERRORS as error:
-        raise ValueError(f"{file} cannot be read as an image: {error}") from error
+        why = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{file} cannot be read as an image: {why}") from error
     if pixels is None:
         raise ValueError(f"{file} has the colour mode {mode}; save it as 8-bit RGB")
     return pixels, mode

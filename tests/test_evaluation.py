@@ -22,7 +22,7 @@ from evaluation.metrics import GaussianStats, frechet_distance
 from evaluation.mini_net import WEIGHTS, MiniFeatures, save_weights
 from evaluation.readers import batches, conversion_note, npz_keys, open_images
 from evaluation.report import check_roles, default_output
-from evaluation.writers import describe_run
+from evaluation.writers import describe_run, save_grid, save_npz, save_png
 from models.provenance import git_revision
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -655,6 +655,24 @@ def test_a_sample_folder_takes_more_of_the_same_run_only(tmp_path):
     record.write_text(text[:50])
     with pytest.raises(ValueError, match="samples.json is not whole JSON"):
         describe_run(folder, settings(), complete=False)
+
+
+def test_images_are_packed_and_laid_out_in_their_order(tmp_path):
+    array = pictures(131, 8)[:, :, :4]
+    files = [tmp_path / f"{130 - i:03d}.png" for i in range(131)]  # not the order of the names
+    for file, pixels in zip(files, array, strict=True):
+        save_png(file, pixels)
+    save_npz(tmp_path / "all.npz", files, num_workers=3)
+    assert np.array_equal(np.load(tmp_path / "all.npz")["arr_0"], array)
+    save_grid(tmp_path / "grid.png", files[:7])
+    sheet = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert sheet.shape == (24, 12, 3) and np.array_equal(sheet[8:16, 4:8], array[4])
+    assert (sheet[16:, 4:] == 255).all()
+    files[3].write_bytes(b"torn")
+    for write in (save_npz, save_grid):
+        with pytest.raises(ValueError, match="127.png cannot .* format is unknown; delete that"):
+            write(tmp_path / "none", files)
+    assert not (tmp_path / "none").exists()
 
 
 def test_git_revision_counts_tracked_changes_only(tmp_path, monkeypatch):

@@ -117,7 +117,9 @@ def test_labels_of_a_file_are_the_classes_drawn(work, pair):
     record = json.loads((work / "samples" / "npy" / "samples.json").read_text())["settings"]
     assert record["labels_sha256"] == file_sha256(work / "labels.npy")
     shutil.copy(work / "labels.npy", work / "moved.npy")  # the hash proves that it is the same
-    draw_samples(work, "npy", *pair, "--labels", work / "moved.npy")
+    (work / "samples" / "npy.npz").unlink()
+    draw_samples(work, "npy", *pair, "--labels", work / "moved.npy", "--no-npz")
+    assert not (work / "samples" / "npy.npz").exists()
     np.save(work / "labels.npy", (drawn + 1) % 9)
     error = draw_samples(work, "npy", *pair, "--labels", work / "labels.npy", fails=True, here=True)
     assert "the images there were made with labels_sha256 = " in error
