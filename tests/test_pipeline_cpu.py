@@ -104,23 +104,25 @@ def test_stopped_sampling_goes_on_and_refuses_to_mix(work, pair):
 
 
 def test_labels_of_a_file_are_the_classes_drawn(work, pair):
-    """The classes of --labels random, from a file of text and one of numbers: the same images."""
-    drawn = noise.integers(0, noise.LABEL, torch.arange(7), 9).numpy()
-    (work / "labels.txt").write_text("".join(f"{label}\n" for label in drawn))
-    np.save(work / "labels.npy", drawn)
+    """Those of --labels random, but for the images 1 and 3: these alone become others."""
+    labels = noise.integers(0, noise.LABEL, torch.arange(7), 9).numpy()
+    labels[[1, 3]] = (labels[[1, 3]] + 4) % 9
+    (work / "labels.txt").write_text("".join(f"{label}\n" for label in labels))
+    np.save(work / "labels.npy", labels)
     for kind in ("txt", "npy"):
         draw_samples(work, kind, *pair, "--labels", work / f"labels.{kind}")
-    two, text, numbers = (
-        np.load(work / f"samples/{n}.npz")["arr_0"] for n in ("two", "txt", "npy")
-    )
-    assert np.array_equal(text, numbers) and np.abs(text.astype(int) - two).max() <= 1
+    packed = [np.load(work / "samples" / f"{n}.npz")["arr_0"] for n in ("two", "txt", "npy")]
+    two, text, numbers = packed
+    assert np.array_equal(text, numbers)
+    changed = np.abs(text.astype(int) - two).max(axis=(1, 2, 3))
+    assert (changed[[0, 2, 4]] <= 1).all() and (changed[[1, 3]] > 10).all()
     record = json.loads((work / "samples" / "npy" / "samples.json").read_text())["settings"]
     assert record["labels_sha256"] == file_sha256(work / "labels.npy")
     shutil.copy(work / "labels.npy", work / "moved.npy")  # the hash proves that it is the same
     (work / "samples" / "npy.npz").unlink()
     draw_samples(work, "npy", *pair, "--labels", work / "moved.npy", "--no-npz")
     assert not (work / "samples" / "npy.npz").exists()
-    np.save(work / "labels.npy", (drawn + 1) % 9)
+    np.save(work / "labels.npy", (labels + 1) % 9)
     error = draw_samples(work, "npy", *pair, "--labels", work / "labels.npy", fails=True, here=True)
     assert "the images there were made with labels_sha256 = " in error
 
