@@ -47,7 +47,7 @@ from evaluation.report import (
     table,
 )
 from evaluation.scores import score
-from models.files import write_json
+from models.files import check_writable, write_json
 from training import arguments, distributed, precision
 from training.runlog import watched
 
@@ -67,9 +67,11 @@ def main(args: argparse.Namespace) -> None:
             for sentence in sentences:
                 print(f"warning: {sentence}")
 
+    output = args.output
     if args.samples is not None:
         warn(*check_roles(args.reference, args.samples))
         record = samples_record(args.samples)
+        output = args.output or default_output(args.samples)
 
     # Feature network
     if args.feature_net == "mini":
@@ -82,6 +84,9 @@ def main(args: argparse.Namespace) -> None:
 
     # Samples are opened first: a wrong path should not cost a pass over the reference
     samples = open_images(args.samples) if args.samples is not None else None
+    for target in filter(None, (output, args.save_stats)):
+        if world.main:
+            check_writable(target)
 
     def statistics_of(images, role: str, keep: int, logits: bool = False) -> Statistics:
         """One pass over this process's share of the images, joined over all processes."""
@@ -151,7 +156,6 @@ def main(args: argparse.Namespace) -> None:
                 notes=notes,
                 doubts=doubts,
             )
-            output = args.output or default_output(args.samples)
             write_json(output, report)
             print(table(report))
             print(f"wrote {output}")

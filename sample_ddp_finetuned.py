@@ -9,9 +9,9 @@ Outputs: <sample-dir>/<name>/000000.png ..., samples.json (all that the images d
         --config-filepath configs/50p_graftfusion75_swa.yaml \
         --graft-fusion-ckpt-path outputs/<run>/checkpoints/0400000.pt
 
-Label, starting noise and step noise of image i follow from (--global-seed, i) alone: neither the
-number of processes nor the batch size changes an image beyond rounding. A run that was stopped
-goes on with the images that are missing.
+Label (unless --labels names a file), starting noise and step noise of image i follow from
+(--global-seed, i) alone: neither the number of processes nor the batch size changes an image beyond
+rounding. A run that was stopped goes on with the images that are missing.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -35,6 +36,8 @@ from training import arguments, distributed, precision
 from training.compilation import compile_functions, compile_models, graphed
 from training.runlog import watched
 
+LABELS = ("random", "balanced")  # else a file
+
 
 @torch.inference_mode()
 def main(args: argparse.Namespace) -> None:
@@ -47,6 +50,9 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--num-sampling-steps {args.num_sampling_steps}: use 2 to 1000")
     plan = plan_from_flags(args.config_filepath, args.model, args.image_size, args.num_classes)
     plan = with_base(plan, args.load_weight)
+    labels = None
+    if args.labels not in LABELS:
+        labels = read_labels(args.labels, args.num_fid_samples, plan.num_classes).to(world.device)
     vae = args.vae or plan.vae
     vae_path = vae
     if vae not in ("ema", "mse"):
@@ -95,6 +101,7 @@ def main(args: argparse.Namespace) -> None:
         "cfg_scale": args.cfg_scale,
         "cfg_channels": args.cfg_channels,
         "labels": args.labels,
+        "labels_sha256": None if labels is None else file_sha256(args.labels),
         "seed": args.global_seed,
         "vae": codec.id,
         "vae_sha256": codec.sha256,
@@ -104,9 +111,12 @@ def main(args: argparse.Namespace) -> None:
     }
     distributed.decide(world, lambda: describe_run(folder, settings, complete=False))
 
-    # This process's images that are not there yet
-    everything = torch.arange(world.rank, args.num_fid_samples, world.size)
-    missing = [i for i in everything.tolist() if not (folder / f"{i:06d}.png").is_file()]
+    # The images that are not there yet, shared out evenly
+    def absent() -> list[int]:
+        there = {file.name for file in folder.iterdir()}
+        return [i for i in range(args.num_fid_samples) if f"{i:06d}.png" not in there]
+
+    missing = distributed.decide(world, absent)[world.rank :: world.size]
     batches = torch.tensor(missing, dtype=torch.int64).split(args.per_proc_batch_size)
     batches = batches if missing else ()
     if world.main:
@@ -139,7 +149,9 @@ def main(args: argparse.Namespace) -> None:
             index = index.to(world.device)
             if len(batches) > 1:  # a short last batch is filled up: the graph has one size
                 index = index[torch.arange(args.per_proc_batch_size) % number]
-            if args.labels == "balanced":
+            if labels is not None:
+                y = labels[index]
+            elif args.labels == "balanced":
                 y = index % plan.num_classes
             else:
                 y = noise.integers(seed, noise.LABEL, index, plan.num_classes)
@@ -163,12 +175,50 @@ def main(args: argparse.Namespace) -> None:
     # One process gathers
     if world.main:
         files = [folder / f"{i:06d}.png" for i in range(args.num_fid_samples)]
-        save_npz(folder.with_name(folder.name + ".npz"), files)
-        save_grid(folder.with_name(folder.name + "-grid.png"), files[: args.grid])
+        made = [str(folder), f"{folder}-grid.png"]
+        save_grid(Path(made[1]), files[: args.grid])
+        if args.npz:
+            made.append(f"{folder}.npz")
+            save_npz(Path(made[2]), files, args.num_workers)
         describe_run(folder, settings, complete=True)
-        print(f"done: {folder}, {folder}.npz, {folder}-grid.png")
+        print(f"done: {', '.join(made)}")
     distributed.barrier(world)
     distributed.stop()
+
+
+def read_labels(path: str, count: int, num_classes: int) -> torch.Tensor:
+    """The classes of images 0, 1, ... in a file, one whole number a line or a .npy; int64 [N].
+
+    Raises:
+        FileNotFoundError, ValueError: no such file; something else in it; fewer labels than
+            `count`, or one outside the classes.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"--labels {path}: no such file; use {', '.join(LABELS)} or a file of labels"
+        )
+    form = "needs one whole number a line, or a .npy of whole numbers [N]"
+    try:
+        if path.endswith(".npy"):
+            labels = np.load(path, allow_pickle=False)
+        else:
+            labels = np.array(list(map(int, Path(path).read_text(encoding="utf-8").splitlines())))
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"--labels {path}: {form} ({error})") from error
+    if labels.ndim != 1 or (labels.dtype.kind not in "iu" and len(labels)):
+        raise ValueError(f"--labels {path}: {form}, holds {labels.dtype} {list(labels.shape)}")
+    if len(labels) < count:
+        raise ValueError(
+            f"--labels {path}: {len(labels)} labels for {count} images: add some, or lower "
+            "--num-fid-samples"
+        )
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(wrong):
+        raise ValueError(
+            f"--labels {path}: label {labels[wrong[0]]} of image {wrong[0]} is outside the "
+            f"{num_classes} classes, 0 to {num_classes - 1}"
+        )
+    return torch.from_numpy(labels.astype(np.int64))
 
 
 def default_name(args: argparse.Namespace, model_name: str, checkpoint: str | None) -> str:
@@ -213,12 +263,19 @@ def parse_args() -> argparse.Namespace:
     add("--num-fid-samples", type=arguments.positive, default=5000, help="images; papers: 50000")
     add(
         "--labels",
-        choices=("random", "balanced"),
         default="random",
-        help="classes drawn, or i mod n",
+        metavar="random|balanced|FILE",
+        help="classes drawn, i mod n, or from a file: one a line, or a .npy; more than images is "
+        "fine",
     )
     add("--global-seed", type=arguments.seed, default=0, help="labels and noise follow from it")
     add("--grid", type=arguments.positive, default=64, help="images in the grid picture")
+    add(
+        "--npz",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="pack the images as .npz too, of 0.2 MB each at 256 px",
+    )
     add = parser.add_argument_group("sampler").add_argument
     add("--sampler", choices=("ddpm", "ddim", "dpm++"), default="ddpm", help="the papers': ddpm")
     add("--num-sampling-steps", type=arguments.positive, default=250, help="2 to 1000")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from evaluation.metrics import GaussianStats
-from evaluation.readers import npz_keys
+from evaluation.readers import naming_damage, npz_keys
 from models.files import write_whole
 
 # Images that pass a network at once, always: another number may round otherwise.
@@ -182,7 +182,7 @@ def has_images(path: str | Path) -> bool:
 
 def stats_source(path: str | Path) -> str | None:
     """What our own statistics file was made from; None of another tool's file."""
-    with np.load(path, allow_pickle=False) as archive:
+    with naming_damage(path), np.load(path, allow_pickle=False) as archive:
         return json.loads(str(archive["made_by"]))["source"] if "made_by" in archive else None
 
 
@@ -216,7 +216,7 @@ def load_stats(path: str | Path, net: FeatureNet, device: torch.device | str = "
     that another network, protocol or weight file made it.
     """
     found = {}
-    with np.load(path, allow_pickle=False) as archive:
+    with naming_damage(path), np.load(path, allow_pickle=False) as archive:
         for name, kind in (
             ("mu", np.float64),
             ("sigma", np.float64),

@@ -17,6 +17,14 @@ from models.files import read_json, write_whole
 GRID = 64  # images of a grid
 THUMB = 128  # pixels, the largest side of a picture in a grid
 PUBLISHED_N = 50_000
+NUMBERS = (
+    "N",
+    "step",
+    "loss",
+    "lowest loss",
+    "images/s",
+    "steps left out",
+)  # columns beside scores
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
@@ -128,21 +136,26 @@ def results_section(reports: dict[Path, dict], zoo: list[dict]) -> Section:
     section.table = [["samples", "model", "N", *(LABELS[key] for key in keys), "protocol"]]
     for file, report in reports.items():
         settings = settings_of(report)
-        scores = [show(report, key) if key in report["metrics"] else "" for key in keys]
-        count = f"{report['num_samples']:,}".replace(",", " ")
+        scores = [
+            show(report, key, _digits(key)) if key in report["metrics"] else "" for key in keys
+        ]
+        count = _thousands(report["num_samples"])
         row = [name_of(file, report), describe_plan(settings), count, *scores, report["protocol"]]
         section.table.append(row)
         for entry in zoo:
             if entry["name"] in json.dumps(settings) and "fid" in report["metrics"]:
                 section.published.add(len(section.table))
                 section.table.append(_published_row(entry, keys))
+    section.sentences.append(_references(reports))
     small = sorted({r["num_samples"] for r in reports.values() if r["num_samples"] < PUBLISHED_N})
     if small:
         section.sentences.append(
-            f"N is the number of samples; published scores are of {PUBLISHED_N:,}. ".replace(
-                ",", " "
-            )
-            + "Frechet distances of fewer read higher: compare at equal N only."
+            f"N is the number of samples; published scores are of {_thousands(PUBLISHED_N)}. "
+            "Frechet distances of fewer read higher: compare at equal N only."
+        )
+    if any(report.get("standard_errors") for report in reports.values()):
+        section.sentences.append(
+            "± is the standard error that the choice of the samples leaves, by resampling them."
         )
     if "fd_mini" in keys:
         section.sentences.append(
@@ -152,11 +165,34 @@ def results_section(reports: dict[Path, dict], zoo: list[dict]) -> Section:
     return section
 
 
+def _digits(key: str) -> int:
+    """Decimals of a score: the papers' two, and three of shares."""
+    return 3 if key in ("precision", "recall") else 2
+
+
+def _references(reports: dict[Path, dict]) -> str:
+    """One sentence: what all results were compared with, or that the references differ."""
+    found = list(dict.fromkeys(map(_reference_of, reports.values())))
+    if len(found) == 1:
+        return f"The reference is {found[0]}."
+    return f"The references differ, and scores compare at an equal one only: {'; '.join(found)}."
+
+
+def _reference_of(report: dict) -> str:
+    known, source = report["num_reference"], report["reference"].get("made_from")
+    text = report["reference"]["path"] + (f", from {source}" if source else "")
+    return f"{text} ({'count not stated' if known is None else f'{_thousands(known)} images'})"
+
+
+def _thousands(number: int) -> str:
+    return f"{number:,}".replace(",", " ")
+
+
 def _published_row(entry: dict, keys: Sequence[str]) -> list[str]:
     scores = [entry["published"].get(key) for key in keys]
     texts = ["-" if score is None else f"{score:.2f}" for score in scores]
     return [f"published: {entry['name']}", f"{entry['operator']}, {entry['ratio']} %",
-            f"{PUBLISHED_N:,}".replace(",", " "), *texts, "adm"]  # fmt: skip
+            _thousands(PUBLISHED_N), *texts, "adm"]  # fmt: skip
 
 
 def zoo_section(reports: dict[Path, dict], zoo: list[dict]) -> Section | None:
@@ -190,10 +226,9 @@ def result_section(file: Path, report: dict, number: int) -> Section:
     if grid is None:
         section.sentences.append(f"The samples are no longer at {report['samples']['path']}.")
     else:
-        shown = min(GRID, report["num_samples"])
-        section.pictures.append(
-            Picture(f"samples-{number}.jpg", grid, f"the first {shown} of {report['num_samples']}")
-        )
+        count = report["num_samples"]
+        which = f"the first {GRID} of {_thousands(count)}" if count > GRID else f"all {count}"
+        section.pictures.append(Picture(f"samples-{number}.jpg", grid, f"{which} samples"))
     points = [f"scores: {file}"]
     if settings:
         points += [
@@ -203,12 +238,9 @@ def result_section(file: Path, report: dict, number: int) -> Section:
             f"{settings['cfg_scale']}, seed {settings['seed']}, labels {settings['labels']}, VAE "
             f"{settings['vae']}, {settings['precision']}",
         ]
-    known = report["num_reference"]
-    source = report["reference"].get("made_from")
     net = report["feature_net"]
     points += [
-        f"reference: {report['reference']['path']}" + (f", from {source}" if source else "")
-        + f" ({'count not stated' if known is None else f'{known} images'})",
+        f"reference: {_reference_of(report)}",
         f"features: {net['name']}, protocol {net['protocol']}, weights {net['sha256'][:12]}",
         f"made with revision {report['git_revision'] or 'unknown'}, PyTorch {report['torch']}, "
         f"{report['time']}",
@@ -258,10 +290,46 @@ def grid_of(file: Path, report: dict) -> bytes | None:
     return content.getvalue()
 
 
+def runs_section(runs: list[Path]) -> Section:
+    """All training runs in one table, and the losses of those of a kind in one plot."""
+    section = Section("Training runs")
+    section.table = [["run", "step", "loss", "lowest loss", "images/s", "steps left out"]]
+    kinds: dict[tuple, dict[str, list[tuple[int, float]]]] = {}
+    for run in runs:
+        curves, last = curves_of(run), {}
+        for record in read_lines(run / "metrics.jsonl"):
+            last |= record
+        losses = curves.get("loss", [])
+        row = [
+            _run_name(run),
+            str(last["step"]),
+            "-",
+            "-",
+            "-",
+            str(last.get("skipped_steps", "-")),
+        ]
+        if losses:
+            row[2:4] = f"{losses[-1][1]:.4f}", f"{min(value for _, value in losses):.4f}"
+            kind = ((run / "trajectory.jsonl").is_file(), *sorted(curves))
+            kinds.setdefault(kind, {})[_run_name(run)] = losses
+        if "images_per_sec" in last:
+            row[4] = f"{last['images_per_sec']:.1f}"
+        section.table.append(row)
+    compared = [(kind[0], curves) for kind, curves in kinds.items() if len(curves) > 1]
+    for number, (selects, curves) in enumerate(compared, 1):
+        caption = f"losses of the {'selections' if selects else 'runs'} over their steps"
+        section.pictures.append(Picture(f"losses-{number}.svg", _plot(curves, "loss"), caption))
+    return section
+
+
+def _run_name(run: Path) -> str:
+    return "/".join(run.parts[-2:])
+
+
 def run_section(run: Path, number: int) -> Section:
     """One training run: its losses, its gates, its last figures."""
     curves = curves_of(run)
-    section = Section(f"Run {'/'.join(run.parts[-2:])}")
+    section = Section(f"Run {_run_name(run)}")
     section.pictures.append(
         Picture(f"loss-{number}.svg", _plot(curves, "loss"), "loss over the steps of the run")
     )
@@ -324,6 +392,8 @@ def build_sections(places: Sequence[Path], zoo: list[dict]) -> list[Section]:
         if published := zoo_section(reports, zoo):
             sections.append(published)
     sections += [result_section(file, r, i) for i, (file, r) in enumerate(reports.items(), 1)]
+    if len(runs) > 1:
+        sections.append(runs_section(runs))
     return sections + [run_section(run, i) for i, run in enumerate(runs, 1)]
 
 
@@ -374,7 +444,7 @@ def to_html(title: str, sections: list[Section]) -> str:
 
 def _html_table(section: Section) -> str:
     head, *rows = section.table
-    numbers = {i for i, name in enumerate(head) if name == "N" or name in LABELS.values()}
+    numbers = {i for i, name in enumerate(head) if name in (*NUMBERS, *LABELS.values())}
 
     def line(cells: list[str], tag: str, kind: str = "") -> str:
         classes = [' class="number"' if i in numbers else "" for i in range(len(cells))]

@@ -1,10 +1,11 @@
 """Images to be scored: a folder of pictures or the array `arr_0` of an .npz, as uint8 batches."""
 
+import contextlib
 import io
 import struct
 import zipfile
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from PIL import Image, UnidentifiedImageError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# What Pillow raises for damaged files; some of its parsers raise a bare ValueError
+READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)
+READ_ERRORS += (Image.DecompressionBombError,)
 CHANGED = ("L", "LA", "La", "P", "PA", "RGBA", "RGBa", "RGBX", "1", "CMYK", "YCbCr")
 
 
@@ -23,14 +27,17 @@ class ImageFiles:
     path, kind   where they are; "folder"
     size         (width, height) of the first picture, which all others must have
 
+    Args:
+        files: these in this order, in place of all.
+
     Raises: FileNotFoundError when there is none, ValueError when the first cannot be read.
     """
 
     kind = "folder"
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, files: Sequence[Path] | None = None):
         self.path = path
-        self.files = sorted(
+        self.files = files or sorted(
             file
             for file in path.rglob("*")
             if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
@@ -100,8 +107,21 @@ def npz_keys(path: str | Path) -> set[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             return {name.removesuffix(".npy") for name in archive.namelist()}
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, NotImplementedError) as error:
         raise ValueError(f"{path} is neither an image folder nor a readable .npz") from error
+
+
+@contextlib.contextmanager
+def naming_damage(path: str | Path) -> Iterator[None]:
+    """Within it, what reading the .npz `path` raises is a ValueError that names it."""
+    try:
+        yield
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:  # a damaged archive can raise anything
+        raise ValueError(
+            f"{path} is damaged or no .npz of plain arrays ({error}): make or fetch it again"
+        ) from error
 
 
 def batches(
@@ -154,32 +174,38 @@ def _decode(file: Path) -> tuple[np.ndarray, str]:
         raise ValueError(f"{file} has 16 bits a channel; scores are defined on 8-bit images")
     try:
         with Image.open(io.BytesIO(data)) as image:
-            mode = image.mode
-            if mode != "RGB" and mode not in CHANGED:
-                raise ValueError(f"{file} has the colour mode {mode}; save it as 8-bit RGB")
-            return np.asarray(image.convert("RGB")), mode
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{file} cannot be read as an image: {error}") from error
+            mode, pixels = image.mode, None
+            if mode == "RGB" or mode in CHANGED:
+                pixels = np.asarray(image.convert("RGB"))
+    except READ_ERRORS as error:
+        why = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{file} cannot be read as an image: {why}") from error
+    if pixels is None:
+        raise ValueError(f"{file} has the colour mode {mode}; save it as 8-bit RGB")
+    return pixels, mode
 
 
 def _open_array(path: Path, key: str) -> np.ndarray:
     """An array of an .npz; memory-mapped when stored plain, so that processes share its pages."""
     if key not in npz_keys(path):
         raise ValueError(f"{path} holds no images: it has no array named {key}")
-    with zipfile.ZipFile(path) as archive:
-        info = archive.getinfo(key + ".npy")
-        with archive.open(info) as member:
-            version = np.lib.format.read_magic(member)
-            if version == (1, 0):
-                shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
-            else:
-                shape, fortran, dtype = np.lib.format.read_array_header_2_0(member)
-            header = member.tell()
-    if info.compress_type != zipfile.ZIP_STORED or fortran or dtype.hasobject:
-        with np.load(path) as archive:
-            return archive[key]
-    with open(path, "rb") as file:
-        file.seek(info.header_offset + 26)  # lengths of name and extra field, in the local header
-        name, extra = struct.unpack("<HH", file.read(4))
-    offset = info.header_offset + 30 + name + extra + header
-    return np.memmap(path, dtype, "r", offset, shape)
+    with naming_damage(path):
+        with zipfile.ZipFile(path) as archive:
+            info = archive.getinfo(key + ".npy")
+            with archive.open(info) as member:
+                version = np.lib.format.read_magic(member)
+                if version == (1, 0):
+                    shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+                else:
+                    shape, fortran, dtype = np.lib.format.read_array_header_2_0(member)
+                header = member.tell()
+        if info.compress_type != zipfile.ZIP_STORED or fortran or dtype.hasobject:
+            with np.load(path) as archive:
+                return archive[key]
+        with open(path, "rb") as file:
+            file.seek(
+                info.header_offset + 26
+            )  # lengths of name and extra field, in the local header
+            name, extra = struct.unpack("<HH", file.read(4))
+        offset = info.header_offset + 30 + name + extra + header
+        return np.memmap(path, dtype, "r", offset, shape)

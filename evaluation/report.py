@@ -162,12 +162,12 @@ def build_report(
     }
 
 
-def show(report: dict, name: str) -> str:
+def show(report: dict, name: str, digits: int = 4) -> str:
     """A score of a report as text: with its standard error where known, "-" where null."""
     value, error = report["metrics"].get(name), report.get("standard_errors", {}).get(name)
     if value is None:
         return "-"
-    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def table(report: dict) -> str:

@@ -1,18 +1,27 @@
 """Writes what sampling leaves behind: PNGs, one .npz, a grid picture, and samples.json."""
 
+import contextlib
 import json
 import math
 import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from evaluation.readers import ImageFiles, batches
 from models.files import read_json, remove_stale, write_json, write_whole
 from models.provenance import environment
 
 # Settings that are paths -> the setting that tells what lies there. A file may move.
-IDENTIFIED_BY = {"config": "plan", "checkpoint": "checkpoint_sha256", "vae": "vae_sha256"}
+IDENTIFIED_BY = {
+    "config": "plan",
+    "checkpoint": "checkpoint_sha256",
+    "vae": "vae_sha256",
+    "labels": "labels_sha256",
+}
+PACKED = 64  # images that go into an .npz at once
 
 
 def describe_run(folder: Path, settings: dict, complete: bool) -> None:
@@ -63,38 +72,48 @@ def save_png(path: Path, image: np.ndarray) -> None:
     write_whole(path, lambda partial: picture.save(partial, format="PNG"), durable=False)
 
 
-def save_npz(path: Path, files: list[Path]) -> None:
-    """Packs PNGs of one size as `arr_0` uint8 [N,H,W,3] of an .npz, one image at a time."""
-    height, width = np.asarray(Image.open(files[0])).shape[:2]
-    header = {
-        "descr": "|u1",
-        "fortran_order": False,
-        "shape": (len(files), height, width, 3),
-    }
-
-    def write(partial: Path) -> None:
-        with (
-            zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive,
-            archive.open("arr_0.npy", "w", force_zip64=True) as entry,
-        ):
-            np.lib.format.write_array_header_2_0(entry, header)
-            for file in files:
-                with Image.open(file) as image:
-                    entry.write(np.asarray(image.convert("RGB"), dtype=np.uint8).tobytes())
-
-    write_whole(path, write)
+@contextlib.contextmanager
+def _saying_what_to_do() -> Iterator[None]:
+    """Within it, an image that cannot be read is a ValueError that says how to go on."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error}; delete that file and repeat the command") from error
 
 
-def save_grid(path: Path, files: list[Path]) -> None:
-    """A near-square picture of the images, in order, row by row."""
-    images = []
-    for file in files:
-        with Image.open(file) as image:
-            images.append(image.convert("RGB"))
-    columns = math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
-    width, height = images[0].size
-    sheet = Image.new("RGB", (columns * width, rows * height), "white")
-    for i, image in enumerate(images):
-        sheet.paste(image, (i % columns * width, i // columns * height))
-    sheet.save(path)
+def save_npz(path: Path, files: Sequence[Path], num_workers: int = 4) -> None:
+    """Packs PNGs of one size as `arr_0` uint8 [N,H,W,3] of an .npz, a few at a time in memory.
+
+    Raises: ValueError naming a file that cannot be read or has another size than the first.
+    """
+    with _saying_what_to_do():
+        images = ImageFiles(files[0].parent, files)
+        width, height = images.size
+        shape = (len(files), height, width, 3)
+
+        def write(partial: Path) -> None:
+            with (
+                zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive,
+                archive.open("arr_0.npy", "w", force_zip64=True) as entry,
+            ):
+                np.lib.format.write_array_header_2_0(
+                    entry, {"descr": "|u1", "fortran_order": False, "shape": shape}
+                )
+                for batch in batches(images, PACKED, num_workers=num_workers):
+                    entry.write(batch.permute(0, 2, 3, 1).numpy().data)  # [B,H,W,3]
+
+        write_whole(path, write)
+
+
+def save_grid(path: Path, files: Sequence[Path]) -> None:
+    """A near-square picture of the images, in order, row by row. Raises: as save_npz."""
+    columns = math.ceil(math.sqrt(len(files)))
+    rows = math.ceil(len(files) / columns)
+    with _saying_what_to_do():
+        images = ImageFiles(files[0].parent, files)
+        width, height = images.size
+        sheet = Image.new("RGB", (columns * width, rows * height), "white")
+        for i in range(len(files)):
+            place = (i % columns * width, i // columns * height)
+            sheet.paste(Image.fromarray(images.read(i)[0]), place)
+    write_whole(path, lambda partial: sheet.save(partial, format="PNG"), durable=False)

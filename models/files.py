@@ -52,6 +52,13 @@ def write_whole(path: str | Path, write: Callable[[Path], object], durable: bool
         os.close(folder)
 
 
+def check_writable(path: str | Path) -> None:
+    """Fails now, as writing the file `path` would after hours of work."""
+    trial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.trial")
+    write_whole(trial, Path.touch, durable=False)
+    trial.unlink()
+
+
 def remove_stale(folder: Path, pattern: str = "*") -> None:
     """Deletes the partial files that killed processes left of files named like `pattern`.
 

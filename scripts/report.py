@@ -9,7 +9,8 @@ Outputs: <out>/report.html, one file that needs no other; <out>/report.md with i
 
 The page has a table of all scores, below each released model its published ones and below the table
 those of the same operators (configs/zoo.yaml); then each set of samples with a grid, its origin and
-what to doubt, and each run with its loss and the probabilities of its gates.
+what to doubt, all runs in one table and plot, and each with its loss and the probabilities of its
+gates.
 """
 
 import argparse

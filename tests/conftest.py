@@ -4,12 +4,12 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
-import torch
 from entries import encode, run
+
+from scripts.benchmark_evaluation import write_random_inception
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -78,19 +78,6 @@ def work(tmp_path_factory):
 @pytest.fixture(scope="session")
 def inception_weights(tmp_path_factory):
     """Random Inception weights that keep the signal alive through all layers."""
-    from pytorch_fid import inception
-
-    torch.manual_seed(0)
-    blank = mock.Mock(return_value=None)
-    with (
-        mock.patch.object(inception, "load_state_dict_from_url", blank),
-        mock.patch.object(torch.nn.Module, "load_state_dict", lambda *_: None),
-    ):
-        net = inception.fid_inception_v3()
-    for module in net.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight)
-    net.fc.weight.data *= 200  # so that images differ in their likeliest class
     path = tmp_path_factory.mktemp("inception") / "random.pth"
-    torch.save(net.state_dict(), path)
+    write_random_inception(path)
     return path

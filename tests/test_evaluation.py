@@ -22,7 +22,7 @@ from evaluation.metrics import GaussianStats, frechet_distance
 from evaluation.mini_net import WEIGHTS, MiniFeatures, save_weights
 from evaluation.readers import batches, conversion_note, npz_keys, open_images
 from evaluation.report import check_roles, default_output
-from evaluation.writers import describe_run
+from evaluation.writers import describe_run, save_grid, save_npz, save_png
 from models.provenance import git_revision
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -201,9 +201,11 @@ def test_bad_folders_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"000005.png is 9x9 but .*000000.png is 8x8"):
         list(batches(open_images(tmp_path), 2))
     torn = (tmp_path / "000001.png").read_bytes()[:60]
-    (tmp_path / "000005.png").write_bytes(torn)
-    with pytest.raises(ValueError, match="000005.png cannot be read"):
-        list(batches(open_images(tmp_path), 2))
+    short = torn[:11] + b"\x05" + torn[12:]  # of a header that ends early Pillow names no file
+    for damaged in (torn, short):
+        (tmp_path / "000005.png").write_bytes(damaged)
+        with pytest.raises(ValueError, match="000005.png cannot be read"):
+            list(batches(open_images(tmp_path), 2))
     (tmp_path / "000005.png").unlink()
     for mode, kind in (("I;16", np.uint16), ("F", np.float32)):
         name = "deep.png" if mode == "I;16" else "deep.webp"
@@ -225,6 +227,31 @@ def test_bad_archives_are_refused_by_name(tmp_path):
     path.write_bytes(b"hello")
     with pytest.raises(ValueError, match="neither an image folder"):
         npz_keys(path)
+
+
+def test_damaged_archives_are_one_error_that_names_them(tmp_path):
+    """A byte in each tenth of the file changes; what is still read is what was written."""
+    path, array, net = tmp_path / "x.npz", pictures(5, 8), MiniFeatures()
+    stats = Statistics(torch.zeros(64).double(), torch.eye(64).double(), 5)
+    refused = 0
+    for write, read in (
+        (lambda: np.savez_compressed(path, arr_0=array), lambda: open_images(path).array),
+        (lambda: save_stats(path, stats, net, "x"), lambda: load_stats(path, net).sigma),
+    ):
+        write()
+        whole, expected = path.read_bytes(), np.asarray(read())
+        for place in range(0, len(whole), len(whole) // 10):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+            try:
+                assert np.array_equal(read(), expected)
+            except ValueError as error:
+                assert str(path) in str(error)
+                refused += 1
+    assert refused > 10
+    np.savez(path, arr_0=np.array([{}]), mu=np.array([{}]), sigma=np.eye(2))
+    for call in (lambda: open_images(path), lambda: load_stats(path, net)):
+        with pytest.raises(ValueError, match="x.npz is damaged or no .npz of plain arrays"):
+            call()
 
 
 def test_grey_and_alpha_are_converted_and_said_once(tmp_path):
@@ -542,6 +569,11 @@ def test_entry_refuses_arguments_that_do_not_fit(tmp_path, monkeypatch):
     np.savez(archive, mu=np.zeros(2048), sigma=np.eye(2048, dtype=np.float32)[:1])
     with pytest.raises(ValueError, match="2048 features, --feature-net mini has 64"):
         evaluate(monkeypatch, archive, *mini[1:])
+    # Before any image is scored
+    monkeypatch.setattr(evaluate_fid, "measure", mock.Mock(side_effect=AssertionError))
+    for flag in ("--output", "--save-stats"):
+        with pytest.raises(FileExistsError, match="adm.npz"):
+            evaluate(monkeypatch, *mini, flag, archive / "x.npz")
 
 
 def test_statistics_files_of_another_space_are_refused(tmp_path):
@@ -623,6 +655,24 @@ def test_a_sample_folder_takes_more_of_the_same_run_only(tmp_path):
     record.write_text(text[:50])
     with pytest.raises(ValueError, match="samples.json is not whole JSON"):
         describe_run(folder, settings(), complete=False)
+
+
+def test_images_are_packed_and_laid_out_in_their_order(tmp_path):
+    array = pictures(131, 8)[:, :, :4]
+    files = [tmp_path / f"{130 - i:03d}.png" for i in range(131)]  # not the order of the names
+    for file, pixels in zip(files, array, strict=True):
+        save_png(file, pixels)
+    save_npz(tmp_path / "all.npz", files, num_workers=3)
+    assert np.array_equal(np.load(tmp_path / "all.npz")["arr_0"], array)
+    save_grid(tmp_path / "grid.png", files[:7])
+    sheet = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert sheet.shape == (24, 12, 3) and np.array_equal(sheet[8:16, 4:8], array[4])
+    assert (sheet[16:, 4:] == 255).all()
+    files[3].write_bytes(b"torn")
+    for write in (save_npz, save_grid):
+        with pytest.raises(ValueError, match="127.png cannot .* format is unknown; delete that"):
+            write(tmp_path / "none", files)
+    assert not (tmp_path / "none").exists()
 
 
 def test_git_revision_counts_tracked_changes_only(tmp_path, monkeypatch):

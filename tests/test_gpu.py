@@ -25,10 +25,13 @@ pytestmark = [
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def run(*command) -> None:
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+def run(*command, processes: int = 1) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     subprocess.run(
-        [*launcher, "--nproc_per_node=1", *map(str, command)],
+        [*launcher, f"--nproc_per_node={processes}", *map(str, command)],
         cwd=REPOSITORY,
         env=os.environ,
         check=True,
@@ -198,3 +201,55 @@ def test_samples_of_gpu_and_cpu_are_the_same_pictures(mini):
     run("evaluate_fid.py", mini / "heldout", mini / "gpu", "--feature-net", "mini")
     score = json.loads((mini / "gpu" / "metrics.json").read_text())["metrics"]["fd_mini"]
     assert np.isfinite(score)
+
+
+@two_gpus
+@pytest.mark.parametrize(
+    ("precision", "mode", "tolerance"),
+    [("fp32", "--no-compile", 1e-4), ("bf16", "--compile", 0.02)],
+)
+def test_two_gpus_train_like_one(mini, precision, mode, tolerance):
+    """The same 20 steps: losses alike to fp32 rounding, and to 2 % in bf16 as users run it."""
+    losses = {}
+    for processes in (1, 2):
+        prefix = f"world{processes}-{precision}"
+        run(
+            "finetune_tinyfusion.py", "--config", "configs/mini/75p_swa.yaml", mode,
+            "--results-dir", mini, "--data-path", mini / "latents", "--prefix", prefix,
+            "--max-steps", 20, "--global-batch-size", 32, "--log-every", 1,
+            "--precision", precision, processes=processes,
+        )  # fmt: skip
+        lines = (mini / f"{prefix}-DiT-Mini-2" / "metrics.jsonl").read_text().splitlines()
+        losses[processes] = np.array([json.loads(line)["loss"] for line in lines])
+    assert len(losses[1]) == 20
+    print("largest relative difference:", np.abs(losses[2] / losses[1] - 1).max())
+    np.testing.assert_allclose(losses[2], losses[1], rtol=tolerance)
+
+
+@two_gpus
+@pytest.mark.parametrize(
+    ("precision", "mode", "levels"),
+    [("fp32", ["--no-compile", "--no-tf32"], 0.05), ("bf16", ["--compile"], 2.0)],
+)
+def test_two_gpus_draw_and_score_the_images_of_one(mini, precision, mode, levels):
+    """The mean difference of two pixels, in grey levels of 255; and the scores of equal images."""
+    pictures, scores = {}, {}
+    for processes in (1, 2):
+        run(
+            "sample_ddp_finetuned.py", "--config", "configs/mini/75p_swa.yaml", *mode,
+            "--num-fid-samples", 9, "--sampler", "dpm++", "--num-sampling-steps", 8,
+            "--precision", precision, "--sample-dir", mini, "--per-proc-batch-size", 8,
+            "--folder-name", f"drawn{processes}-{precision}", processes=processes,
+        )  # fmt: skip
+        pictures[processes] = np.load(mini / f"drawn{processes}-{precision}.npz")["arr_0"]
+        output = mini / f"scores{processes}-{precision}.json"
+        run(
+            "evaluate_fid.py", mini / "heldout", mini / f"drawn1-{precision}", "--feature-net",
+            "mini", "--output", output, processes=processes,
+        )  # fmt: skip
+        scores[processes] = json.loads(output.read_text())["metrics"]
+    assert pictures[1].shape == pictures[2].shape == (9, 64, 64, 3)
+    difference = np.abs(pictures[2].astype(int) - pictures[1]).mean()
+    print("mean difference in grey levels:", difference)
+    assert difference < levels
+    assert scores[2] == pytest.approx(scores[1], rel=1e-6)

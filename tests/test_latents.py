@@ -491,19 +491,21 @@ def test_image_folder_agrees_with_torchvision(tmp_path):
     assert error is None and image.unique().tolist() == [128]
 
 
-def test_image_folder_reports_unreadable_files_as_data(tmp_path):
-    (tmp_path / "a").mkdir()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(
-        tmp_path / "a" / "0.png"
-    )
-    whole = (tmp_path / "a" / "0.png").read_bytes()
-    (tmp_path / "a" / "1.png").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "a" / "2.png").write_text("not an image")
-    folder = LabelledImages(tmp_path, 8)
-    images, labels, places, errors = collate([folder[i] for i in range(3)])
-    assert images.shape == (1, 3, 8, 8) and labels.tolist() == [0] and places.tolist() == [0]
-    assert len(errors) == 2 and "a/1.png cannot be read" in errors[0] and "a/2.png" in errors[1]
-    assert len(collate([folder[1]])[0]) == 0
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_image_folder_reports_unreadable_files_as_data(tmp_path, suffix):
+    first, cut, text = (tmp_path / "a" / f"{i}.{suffix}" for i in range(3))
+    first.parent.mkdir()
+    noisy = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(noisy).save(first)
+    whole = first.read_bytes()
+    text.write_text("not an image")
+    for length in (len(whole) // 2, len(whole) - 40):
+        cut.write_bytes(whole[:length])
+        folder = LabelledImages(tmp_path, 8)
+        images, labels, places, errors = collate([folder[i] for i in range(3)])
+        assert images.shape == (1, 3, 8, 8) and labels.tolist() == [0] and places.tolist() == [0]
+        assert len(errors) == 2 and f"{cut} cannot be read" in errors[0] and f"{text} " in errors[1]
+        assert len(collate([folder[1]])[0]) == 0
 
 
 def test_image_folder_errors(tmp_path):

@@ -28,7 +28,7 @@ def write_scores(folder, scores, protocol="adm", count=5, config="a.yaml", **mor
     """A sample folder of flat pictures with its metrics.json."""
     folder.mkdir(parents=True)
     for i in range(count):
-        save_png(folder / f"{i:06d}.png", np.full((16, 16, 3), 40 * i, np.uint8))
+        save_png(folder / f"{i:06d}.png", np.full((16, 16, 3), 40 * i % 256, np.uint8))
     plan = {"model_name": "DiT-XL/2", "grafts": [
         {"slot": "mha", "operator": "swa", "blocks": [1, 2, 3]},
     ]}  # fmt: skip
@@ -72,15 +72,16 @@ def test_the_page_shows_scores_beside_published_ones(tmp_path):
     head = ["samples", "model", "N", "FID", "fd_mini", "sFID", "IS", "precision", "recall"]
     assert table[0] == [*head, "protocol"]
     model = "DiT-XL/2, swa in mha of 3 blocks"
-    measured = ["2.7123 ± 0.0310", "", "-", "280.0000", "0.8300", "0.5600", "adm"]
+    measured = ["2.71 ± 0.03", "", "-", "280.00", "0.830", "0.560", "adm"]
     assert table[2] == ["samples/one", model, "5", *measured]
     published = ["50 000", "2.67", "-", "4.90", "280.62", "0.83", "0.56", "adm"]
     assert table[3] == [f"published: {name}", "swa, 50 %", *published]
     assert (
         table[4][:3] == ["samples/two", model, "5"]
-        and table[4][4] == "9.5000"
+        and table[4][4] == "9.50"
         and table[4][-1] == "mini"
     )
+    assert "The reference is r.npz (count not stated)." in text and "± is the standard" in text
     assert "- no sFID: the reference holds no mu_s" in text
     assert "cannot be compared with published scores" in text
     others = [row[0] for row in table if row[0].startswith("dit-xl2")]
@@ -112,6 +113,7 @@ class Pictures(html.parser.HTMLParser):
 
 def test_the_page_is_one_file_with_grids_losses_and_gates(tmp_path):
     run = write_run(tmp_path / "runs" / "train", [0.5, None, 0.25, 0.3])
+    write_run(tmp_path / "runs" / "other", [0.5, 0.75])
     write_run(tmp_path / "runs" / "gates", [1.0], [[[0.2, 0.8], [0.5, 0.5]], [[0.1, 0.9]] * 2])
     finished = write_run(tmp_path / "runs" / "done", [1.0], [[[0.2, 0.8]]])
     Image.new("RGB", (8, 8)).save(finished / "trajectory.png")
@@ -124,16 +126,30 @@ def test_the_page_is_one_file_with_grids_losses_and_gates(tmp_path):
     found = Pictures(page)
     assert not found.open and not found.others and "url(" not in page
     kinds = [re.match(r"data:image/([a-z+]+);base64,", source)[1] for source in found.sources]
-    assert sorted(kinds) == ["jpeg", "png", "svg+xml", "svg+xml", "svg+xml", "svg+xml"]
+    assert sorted(kinds) == ["jpeg", "png", *["svg+xml"] * 7]
     linked = re.findall(r"!\[.*\]\((.*)\)", text)
-    assert len(linked) == 6 and all((tmp_path / "page" / name).is_file() for name in linked)
+    assert len(linked) == 9 and all((tmp_path / "page" / name).is_file() for name in linked)
     grid = Image.open(tmp_path / "page" / "images" / "samples-1.jpg")
     assert grid.size == (48, 32)  # five pictures of 16 pixels in rows of three
     assert abs(grid.getpixel((24, 24))[0] - 160) < 4  # the fifth
     assert curves_of(run) == {"loss": [(10, 0.5), (30, 0.25), (40, 0.3)]}
     assert "- loss: 0.3 at step 40, lowest 0.25" in text
     assert "- kept blocks: 0 2" in text and "lowest confidence of a group: 0.88" in text
-    assert "latents" not in text
+    assert "latents" not in text and "all 5 samples" in text
+    table = {row[0]: row[1:] for row in rows_of(text)}
+    assert table["runs/train"] == ["40", "0.3000", "0.2500", "-", "-"]
+    drawn = (tmp_path / "page" / "images" / "losses-2.svg").read_text()
+    assert "runs/train" in drawn and "runs/other" in drawn and "runs/gates" not in drawn
+    assert "losses of the runs over" in text and "losses of the selections over" in text
+
+
+def test_different_references_are_said(tmp_path):
+    write_scores(tmp_path / "a" / "one", {"fid": 3.0}, num_reference=12_000)
+    write_scores(tmp_path / "a" / "two", {"fid": 3.0}, reference={"path": "s.npz"}, count=65)
+    text = make(tmp_path, tmp_path / "a")[1]
+    assert "The references differ" in text
+    assert "at an equal one only: r.npz (12 000 images); s.npz (count not stated)." in text
+    assert "the first 64 of 65 samples" in text
 
 
 def test_samples_that_moved_are_found_and_lost_ones_said(tmp_path):

@@ -9,6 +9,10 @@ import torch
 import yaml
 from entries import MINI, REPOSITORY, draw_samples, encode, finetune, run, select
 
+from diffusion import noise
+from models.files import file_sha256
+from sample_ddp_finetuned import read_labels
+
 
 @pytest.fixture(scope="module")
 def pair(work):
@@ -73,10 +77,12 @@ def test_samples_are_described_packed_and_scored(work, pair):
     assert metrics["samples_json"]["settings"] == record["settings"]
 
 
-def test_one_process_draws_the_images_of_two(work, pair):
+def test_one_process_draws_the_images_of_two_and_four(work, pair):
     draw_samples(work, "one", *pair, "--per-proc-batch-size", 5)
-    one, two = (np.load(work / "samples" / f"{n}.npz")["arr_0"] for n in ("one", "two"))
-    assert np.abs(one.astype(int) - two.astype(int)).max() <= 1
+    draw_samples(work, "four", *pair, processes=4)
+    packed = [np.load(work / "samples" / f"{n}.npz")["arr_0"] for n in ("one", "two", "four")]
+    one, two, four = (array.astype(int) for array in packed)
+    assert np.abs(one - two).max() <= 1 and np.abs(one - four).max() <= 1
 
 
 def test_stopped_sampling_goes_on_and_refuses_to_mix(work, pair):
@@ -87,8 +93,64 @@ def test_stopped_sampling_goes_on_and_refuses_to_mix(work, pair):
     after = {p.name: p.read_bytes() for p in folder.glob("*.png")}
     assert sorted(after) == sorted(before)
     assert all(after[n] == before[n] for n in before if n != "000003.png")
+    whole = before["000004.png"]
+    (folder / "000004.png").write_bytes(whole[:200])
+    error = draw_samples(work, "two", *pair, fails=True)
+    assert "000004.png cannot be read as an image" in error and "delete that file" in error
+    assert "Traceback" not in error
+    (folder / "000004.png").write_bytes(whole)
     error = draw_samples(work, "two", *pair, "--cfg-scale", 3.0, fails=True)
     assert "cfg_scale = 1.5, this run has 3.0" in error and "Traceback" not in error
+
+
+def test_labels_of_a_file_are_the_classes_drawn(work, pair):
+    """Those of --labels random, but for the images 1 and 3: these alone become others."""
+    labels = noise.integers(0, noise.LABEL, torch.arange(7), 9).numpy()
+    labels[[1, 3]] = (labels[[1, 3]] + 4) % 9
+    (work / "labels.txt").write_text("".join(f"{label}\n" for label in labels))
+    np.save(work / "labels.npy", labels)
+    for kind in ("txt", "npy"):
+        draw_samples(work, kind, *pair, "--labels", work / f"labels.{kind}")
+    packed = [np.load(work / "samples" / f"{n}.npz")["arr_0"] for n in ("two", "txt", "npy")]
+    two, text, numbers = packed
+    assert np.array_equal(text, numbers)
+    changed = np.abs(text.astype(int) - two).max(axis=(1, 2, 3))
+    assert (changed[[0, 2, 4]] <= 1).all() and (changed[[1, 3]] > 10).all()
+    record = json.loads((work / "samples" / "npy" / "samples.json").read_text())["settings"]
+    assert record["labels_sha256"] == file_sha256(work / "labels.npy")
+    shutil.copy(work / "labels.npy", work / "moved.npy")  # the hash proves that it is the same
+    (work / "samples" / "npy.npz").unlink()
+    draw_samples(work, "npy", *pair, "--labels", work / "moved.npy", "--no-npz")
+    assert not (work / "samples" / "npy.npz").exists()
+    np.save(work / "labels.npy", (labels + 1) % 9)
+    error = draw_samples(work, "npy", *pair, "--labels", work / "labels.npy", fails=True, here=True)
+    assert "the images there were made with labels_sha256 = " in error
+
+
+def test_files_without_fitting_labels_are_refused(tmp_path):
+    def refused(name, content, match):
+        path = tmp_path / name
+        if isinstance(content, str):
+            path.write_text(content)
+        else:
+            np.save(path, content)
+        with pytest.raises(ValueError, match=match) as error:
+            read_labels(str(path), 3, 9)
+        assert str(error.value).startswith(f"--labels {path}: ")
+
+    (tmp_path / "good.txt").write_text("0\n8\n 2\n1")
+    assert read_labels(str(tmp_path / "good.txt"), 3, 9).tolist() == [0, 8, 2, 1]
+    refused("short.txt", "1\n2\n", "2 labels for 3 images")
+    refused("none.txt", "", "0 labels for 3 images")
+    refused("words.txt", "1\ncat\n2\n", "one whole number a line.*'cat'")
+    refused("blank.txt", "1\n\n2\n", "one whole number a line")
+    refused("range.txt", "0\n9\n1\n", "label 9 of image 1 is outside the 9 classes, 0 to 8")
+    refused("below.npy", np.array([0, 1, -1]), "label -1 of image 2")
+    refused("floats.npy", np.zeros(3), r"holds float64 \[3\]")
+    refused("table.npy", np.zeros((3, 1), dtype=int), r"holds int64 \[3, 1\]")
+    refused("torn.npy", "no array", "a .npy of whole numbers")
+    with pytest.raises(FileNotFoundError, match="use random, balanced or a file"):
+        read_labels("randm", 3, 9)
 
 
 def states(work, name, step):

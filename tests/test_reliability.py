@@ -231,6 +231,33 @@ def assert_close(folder, state, lines, other, others):
             assert its[key] == pytest.approx(line[key], rel=1e-5 if "loss" in key else 1e-3), key
 
 
+def note_images(record):
+    """Each process writes the places of its images into a file of the folder `record`, by step."""
+
+    def before(rank):
+        hand_over = LatentLoader._batch
+
+        def spied(self, step, read):
+            with (record / f"{rank}").open("a") as file:
+                file.write(json.dumps([step, read[0].tolist()]) + "\n")
+            return hand_over(self, step, read)
+
+        LatentLoader._batch = spied
+
+    record.mkdir()
+    return before
+
+
+def images_of(record, first, last):
+    """The places of the images of the steps from `first` to `last` that `note_images` wrote."""
+    seen = {step: [] for step in range(first, last + 1)}
+    for file in sorted(record.iterdir()):
+        for step, places in map(json.loads, file.read_text().splitlines()):
+            if step in seen:
+                seen[step] += places
+    return seen
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_any_number_of_processes_trains_alike(tiny, stage):
@@ -238,32 +265,40 @@ def test_any_number_of_processes_trains_alike(tiny, stage):
     name, seen = stage.split("_")[0] + "-ranks", []
     for ranks in (1, 2, 4):
         record = tiny / f"images-{name}{ranks}"
-        record.mkdir()
-
-        def note(rank, record=record):
-            hand_over = LatentLoader._batch
-
-            def spied(self, step, read):
-                with (record / f"{rank}").open("a") as file:
-                    file.write(json.dumps([step, read[0].tolist()]) + "\n")
-                return hand_over(self, step, read)
-
-            LatentLoader._batch = spied
-
         flags = ["--max-steps", 20, "--log-every", 1]
-        begin(tiny, stage, f"{name}{ranks}", *flags, ranks=ranks, before=note).join()
-        steps = [
-            [json.loads(line) for line in (record / f"{rank}").read_text().splitlines()]
-            for rank in range(ranks)
-        ]
-        seen.append(
-            [sum((part[1] for part in parts), []) for parts in list(zip(*steps, strict=True))[:20]]
-        )
+        begin(tiny, stage, f"{name}{ranks}", *flags, ranks=ranks, before=note_images(record)).join()
+        seen.append(images_of(record, 0, 19))
         state, lines = ended(tiny, f"{name}{ranks}", 20)
         if ranks == 1:
             first_state, first_lines = state, lines
         assert_close(tiny, first_state, first_lines, state, lines)
-    assert seen[0] == seen[1] == seen[2] and len(seen[0]) == 20
+    assert seen[0] == seen[1] == seen[2] and all(len(places) == 4 for places in seen[0].values())
+
+
+@pytest.mark.parametrize("stage", ACCUMULATED)
+def test_a_run_goes_on_with_another_number_of_processes(tiny, stage):
+    """1 process to step 3, 4 to step 6, 2 to the end: within an epoch, and within a log line."""
+    name = stage.split("_")[0] + "-elastic"
+    flags = ["--resume", "auto", "--ckpt-every", 3]
+    record = tiny / f"images-{name}-one"
+    begin(tiny, stage, f"{name}-one", *flags, before=note_images(record)).join()
+    first_state, first_lines = ended(tiny, f"{name}-one")
+    whole = images_of(record, 0, STEPS - 1)
+    checkpoints = tiny / f"{name}-DiT-Tiny-2" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    shutil.copy(tiny / f"{name}-one-DiT-Tiny-2" / "checkpoints" / "0000003.pt", checkpoints)
+    for ranks, start in ((4, 3), (2, 6)):
+        for later in checkpoints.glob("[0-9]*.pt"):
+            if int(later.stem) > start:
+                later.unlink()
+        record = tiny / f"images-{name}-{ranks}"
+        run = begin(tiny, stage, name, *flags, ranks=ranks, before=note_images(record))
+        assert f"resumed at step {start}\n" in run.join()
+        seen = images_of(record, start, STEPS - 1)
+        assert seen == {step: whole[step] for step in range(start, STEPS)}
+    state, lines = ended(tiny, name)
+    assert_close(tiny, first_state, first_lines[-len(lines) :], state, lines)
+    assert lines[0]["step"] == 4 and lines[-1]["step"] == STEPS
 
 
 def spoil_rank_one(first, last=None):

@@ -11,7 +11,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from entries import REPOSITORY
+from entries import REPOSITORY, run
 from PIL import Image
 from torch.nn import functional as F
 
@@ -427,3 +427,18 @@ def test_inception_scores_do_not_depend_on_processes(tmp_path, inception_weights
     subprocess.run([str(word) for word in command], check=True, env=environment, cwd=tmp_path)
     many = json.loads((tmp_path / "many.json").read_text())
     assert many["metrics"] == pytest.approx(one["metrics"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_benchmark_of_an_evaluation_scores_what_it_makes(tmp_path):
+    folder, figures = tmp_path / "made", tmp_path / "figures.json"
+    flags = ["--samples", 9, "--reference", 6, "--image-size", 32, "--device", "cpu"]
+    run("scripts/benchmark_evaluation.py", *flags, "--folder", folder, "--json", figures)
+    found = json.loads(figures.read_text())
+    assert found["metrics"].keys() == {"fid", "sfid", "is", "precision", "recall"}
+    assert all(isinstance(value, float) for value in found["metrics"].values())
+    assert {"evaluate_fid.py, samples", "evaluate_fid.py, samples.npz"} < found["seconds"].keys()
+    assert not folder.exists()
+    (folder / "earlier").mkdir(parents=True)
+    error = run("scripts/benchmark_evaluation.py", "--folder", folder, fails=True)
+    assert "made is there already" in error and (folder / "earlier").is_dir()

@@ -70,12 +70,16 @@ class Means:
         return self._sums.tolist()
 
     def load_state_dict(self, states: list[list[list[float]]]) -> None:
-        """Takes all processes' sums back; rank 0 takes the whole where their number has changed."""
+        """Takes all processes' sums back.
+
+        Where their number has changed, rank 0 takes the whole, with the weight that the steps to
+        come will have.
+        """
         held = torch.tensor(states)
         if len(states) == self.world.size:
             self._sums.copy_(held[self.world.rank])
         elif self.world.main:
-            self._sums.copy_(held.sum(0))
+            self._sums.copy_(held.mean(0) * self.world.size)
 
 
 class _LogFile(logging.FileHandler):

@@ -252,7 +252,8 @@ def plot_trajectory(lines: Path, gates: LayerGates, picture: Path) -> None:
         text = "graft" if variant else "keep"
         if gates.variants > 1 and variant:
             text += f" {variant}"
-        axis.text(block, 0, text, ha="center", va="center", fontsize=6.5, rotation=60)
+        color = "black" if variant else "white"  # on light and on dark blue
+        axis.text(block, 0, text, color=color, ha="center", va="center", fontsize=8, rotation=60)
     axis.set_xticks(range(len(mask)))
     axis.set_yticks([])
     axis.set_xlabel("block", fontsize=9)
