@@ -5,7 +5,8 @@ r"""Learned selection against the guesses, on the miniature testbed: raw results
 
 `run` encodes the testbed's pictures, distills the operator into every block, learns a selection a
 seed with prune_by_learning.py (learned: between the grafts of the 75 % plan, as published;
-learned-any: every block may be grafted), writes the guesses with scripts/guess_plans.py, and gives
+learned-any: every block may be grafted; learned-halves: a choice over each half of the model, whose
+budgets are those of low-local), writes the guesses with scripts/guess_plans.py, and gives
 every plan the same finetuning, sampling and scoring by the ordinary entries, and the same to the
 base model without a graft. Each finished case is one small JSON in --results; started again, it
 makes the cases that are missing. `report` turns the JSONs into the tables of docs/selection.md
@@ -30,7 +31,10 @@ from scripts.testbed import BASE, METRICS, REPOSITORY, entry
 from training import arguments, distributed
 
 RESULTS = REPOSITORY / "docs" / "results" / "selection"
-LEARNED = {"learned": "candidate.yaml", "learned-any": "distilled.yaml"}  # from which plan
+HALVES = "learned-halves"
+LEARNED = {  # from which plan
+    "learned": "candidate.yaml", "learned-any": "distilled.yaml", HALVES: "distilled.yaml"
+}  # fmt: skip
 PATTERNS = (*LEARNED, "interleaved", "deep", "shallow", "top-local", "low-local", "random")
 UNGRAFTED = ("none", "base")  # the operator and pattern of the base model's cases
 
@@ -66,11 +70,12 @@ def make(case: tuple[str, str, int], gpu: int, args: argparse.Namespace) -> dict
     if (operator, pattern) == UNGRAFTED:
         plan, base = REPOSITORY / "configs/mini/no_graft.yaml", ["--load-weight", BASE]
     elif pattern in LEARNED:
+        groups = budgets(operator, args) if pattern == HALVES else "2:4"
         entry(
             "prune_by_learning.py", "--config", args.work / "plans" / operator / LEARNED[pattern],
             *testbed.data_flags(args, seed), "--prefix", f"select-{name}", "--delta-w", "--lora",
             "--max-steps", args.selection_steps, "--lr", 3e-4, "--gate-lr", 3e-3,
-            "--ema-decay", 0.99, *args.selection_flags, gpu=gpu,
+            "--ema-decay", 0.99, "--groups", groups, *args.selection_flags, gpu=gpu,
         )  # fmt: skip
         chosen = args.work / "runs" / f"select-{name}-DiT-Mini-2"
         plan, answer = chosen / "selected.yaml", read_json(chosen / "selection.json", "rerun")
@@ -93,6 +98,13 @@ def make(case: tuple[str, str, int], gpu: int, args: argparse.Namespace) -> dict
             "agreement": [group["agreement"] for group in answer["groups"]],
         },
     }
+
+
+def budgets(operator: str, args: argparse.Namespace) -> str:
+    """--groups of two halves, each with as many originals as low-local keeps there."""
+    grafted = load_plan(args.work / "plans" / operator / "low-local.yaml").grafted_blocks()
+    kept = [14 - sum(first <= block < first + 14 for block in grafted) for first in (0, 14)]
+    return f"{kept[0]}:14,{kept[1]}:14"
 
 
 def run(args: argparse.Namespace) -> None:

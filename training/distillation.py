@@ -109,6 +109,41 @@ class Teacher(nn.Module):
         return inputs, outputs, gates
 
 
+class Lesson(nn.Module):
+    """The loss of one operator or pair; without tensors of its own, so that it compiles in place.
+
+    forward(operator, slot, h, f, gate), see `Students`, -> loss 0-d, and [2] the sums of
+    (g - f)^2 and of f^2.
+    """
+
+    def __init__(self, kinds: dict[str, str], delta: float, weigh_by_gate: bool):
+        super().__init__()
+        self.kinds, self.delta, self.weigh_by_gate = dict(kinds), delta, weigh_by_gate
+
+    def forward(
+        self,
+        operator: nn.Module,
+        slot: str,
+        h: torch.Tensor | tuple[torch.Tensor, ...],
+        f: torch.Tensor,
+        gate: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        f = f.float()
+        g = operator(*h) if slot == PAIR else operator(h)
+        error = g.float() - f  # B T D
+        squares = torch.stack([error.detach().square().sum(), f.square().sum()])
+        if self.weigh_by_gate:
+            error = error * gate.float().unsqueeze(1)
+        return self._loss(self.kinds[slot], error), squares
+
+    def _loss(self, kind: str, error: torch.Tensor) -> torch.Tensor:
+        if kind == "l1":
+            return error.abs().mean()
+        if kind == "l2":
+            return error.square().mean()
+        return F.huber_loss(error, torch.zeros_like(error), delta=self.delta)
+
+
 class Students(nn.Module):
     """The new operators and pairs of a plan, each with its loss; they share nothing.
 
@@ -129,7 +164,11 @@ class Students(nn.Module):
         super().__init__()
         self.slots = tuple(operators)
         self.operators = nn.ModuleList(operators.values())
-        self.kinds, self.delta, self.weigh_by_gate = dict(kinds), delta, weigh_by_gate
+        self.lesson = Lesson(kinds, delta, weigh_by_gate)
+
+    def regions(self) -> list[nn.Module]:
+        """The parts that torch.compile takes one by one."""
+        return [self.lesson]
 
     def forward(
         self,
@@ -137,25 +176,14 @@ class Students(nn.Module):
         targets: list[torch.Tensor],
         gates: list[torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        losses, squares = [], []
-        for (_, slot), operator, h, f, gate in zip(
-            self.slots, self.operators, inputs, targets, gates, strict=True
-        ):
-            f = f.float()
-            g = operator(*h) if slot == PAIR else operator(h)
-            error = g.float() - f  # B T D
-            squares.append(torch.stack([error.detach().square().sum(), f.square().sum()]))
-            if self.weigh_by_gate:
-                error = error * gate.float().unsqueeze(1)
-            losses.append(self._loss(self.kinds[slot], error))
+        found = [
+            self.lesson(operator, slot, h, f, gate)
+            for (_, slot), operator, h, f, gate in zip(
+                self.slots, self.operators, inputs, targets, gates, strict=True
+            )
+        ]
+        losses, squares = zip(*found, strict=True)
         return torch.stack(losses), torch.stack(squares, dim=1)
-
-    def _loss(self, kind: str, error: torch.Tensor) -> torch.Tensor:
-        if kind == "l1":
-            return error.abs().mean()
-        if kind == "l2":
-            return error.square().mean()
-        return F.huber_loss(error, torch.zeros_like(error), delta=self.delta)
 
 
 def build_students(
