@@ -1,9 +1,11 @@
-r"""Samples images class-conditionally from a DiT, grafted or plain, on any number of processes.
+r"""Samples images of classes from a DiT, or of prompts from PixArt, grafted or plain.
 
 Inputs:  a graft YAML and, with --graft-fusion-ckpt-path, a checkpoint of finetune_tinyfusion.py
-         (without it: the YAML's own weight files); the VAE.
+         (without it: the YAML's own weight files); the VAE; for PixArt --prompts, a .txt or a
+         .jsonl file such as GenEval's evaluation_metadata.jsonl, and the text encoder.
 Outputs: <sample-dir>/<name>/000000.png ..., samples.json (all that the images depend on) in the
          same folder, and beside it <name>.npz (arr_0, for the ADM evaluator) and <name>-grid.png.
+         With --prompts GenEval's layout, <name>/00000/samples/0000.png ..., and no .npz.
 
     torchrun --nnodes=1 --nproc_per_node=4 sample_ddp_finetuned.py --num-fid-samples 50000 \
         --config-filepath configs/50p_graftfusion75_swa.yaml \
@@ -11,7 +13,7 @@ Outputs: <sample-dir>/<name>/000000.png ..., samples.json (all that the images d
 
 Label, starting noise and step noise of image i follow from (--global-seed, i) alone: neither the
 number of processes nor the batch size changes an image beyond rounding. A run that was stopped
-goes on with the images that are missing.
+goes on with the images that are missing. The same command runs on any number of processes.
 """
 
 import argparse
@@ -26,13 +28,23 @@ from diffusion import noise
 from diffusion.samplers import sample
 from evaluation.writers import describe_run, save_grid, save_npz, save_png
 from latents.codec import load_codec
+from latents.prompts import read_prompts
+from latents.text import load_text_encoder
 from models.files import file_sha256
+from models.graft_plan import GraftPlan
 from models.grafting import build_grafted, load_trained, with_base
 from models.operators.accelerators import accelerate
-from models.plan import find_file, flag_path, plan_from_flags
+from models.plan import network_of, plan_from_flags
+from models.presets import MAX_TOKENS
 from training import arguments, distributed, precision
 from training.compilation import compile_step
 from training.runlog import watched
+
+# What flags left unset stand for: the papers' for DiT, those of diffusers' pipeline for PixArt
+DEFAULTS_DIT = {"sampler": "ddpm", "num_sampling_steps": 250, "cfg_scale": 1.5, "cfg_channels": 3}
+DEFAULTS_PIXART = {
+    "sampler": "dpm++", "num_sampling_steps": 20, "cfg_scale": 4.5, "cfg_channels": "all"
+}  # fmt: skip
 
 
 @torch.inference_mode()
@@ -42,16 +54,17 @@ def main(args: argparse.Namespace) -> None:
     dtype = precision.choose(args.precision, world.device)
     precision.allow_tf32(args.tf32)
     torch.manual_seed(args.global_seed)
-    if not 2 <= args.num_sampling_steps <= 1000:
-        raise ValueError(f"--num-sampling-steps {args.num_sampling_steps}: use 2 to 1000")
     plan = plan_from_flags(args.config_filepath, args.model, args.image_size, args.num_classes)
     plan = with_base(plan, args.load_weight)
-    vae = args.vae or plan.vae
-    vae_path = vae
-    if vae not in ("ema", "mse"):
-        vae_path = (
-            flag_path("--vae", vae) if args.vae else find_file(vae, plan.path, "vae", folder=True)
-        )
+    settle_sampler(args, plan)
+    prompts = encoder = None
+    if plan.captioned:
+        prompts = read_prompts(args.prompts, args.images_per_prompt)
+        text, text_path = network_of(plan, "text_encoder", args.text_encoder)
+        encoder = load_text_encoder(text_path, MAX_TOKENS, world.device, dtype, recorded=text)
+        encoder.check_plan(plan)
+    number = args.num_fid_samples if prompts is None else len(prompts)
+    vae, vae_path = network_of(plan, "vae", args.vae)
 
     # Model
     checkpoint = args.graft_fusion_ckpt_path
@@ -94,30 +107,42 @@ def main(args: argparse.Namespace) -> None:
         "vae": codec.id,
         "vae_sha256": codec.sha256,
         "precision": str(dtype).removeprefix("torch."),
-        "num_samples": args.num_fid_samples,
+        "num_samples": number,
     }
+    if prompts is not None:
+        settings |= {"labels": None, **prompts.settings(encoder)}
     distributed.decide(world, lambda: describe_run(folder, settings, complete=False))
 
+    def file_of(image: int) -> Path:
+        return prompts.file_of(folder, image) if prompts else folder / f"{image:06d}.png"
+
     # This process's images that are not there yet
-    everything = torch.arange(world.rank, args.num_fid_samples, world.size)
-    missing = [i for i in everything.tolist() if not (folder / f"{i:06d}.png").is_file()]
+    everything = torch.arange(world.rank, number, world.size)
+    missing = [i for i in everything.tolist() if not file_of(i).is_file()]
     batches = torch.tensor(missing, dtype=torch.int64).split(args.per_proc_batch_size)
     batches = batches if missing else ()
     if world.main:
         origin = report.lines() if checkpoint is None else [f"all tensors of {checkpoint}"]
-        extent = f"{plan.describe()}: {args.num_fid_samples} images to {folder}"
+        extent = f"{plan.describe()}: {number} images to {folder}"
         print("\n".join([*origin, *paths, extent]))
+    if prompts is not None:
+        cut = prompts.too_long(encoder) if world.main else 0
+        if cut:
+            print(f"prompts cut at {encoder.max_tokens} tokens: {cut}")
+        if world.main:
+            prompts.write_metadata(folder)
+        prompts.embed(encoder, missing)
+        del encoder
 
     def model_fn(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """One guided evaluation for the labels `y` of the batch; [B,C,H,W] -> [B,2C,H,W]."""
         with precision.autocast(world.device, dtype):
             if args.cfg_scale == 1.0:
                 return model(x, t, y).float()
-            null = torch.full_like(y, plan.num_classes)
             both = model.forward_with_cfg(
                 torch.cat([x, x]),
                 torch.cat([t, t]),
-                torch.cat([y, null]),
+                y.guided() if prompts else torch.cat([y, torch.full_like(y, plan.num_classes)]),
                 args.cfg_scale,
                 cfg_channels=args.cfg_channels,
             )
@@ -129,7 +154,9 @@ def main(args: argparse.Namespace) -> None:
         pending = []
         for index in tqdm(batches, disable=not watched(world), unit="batch"):
             index = index.to(world.device)
-            if args.labels == "balanced":
+            if prompts is not None:
+                y = prompts.conditions(index)
+            elif args.labels == "balanced":
                 y = index % plan.num_classes
             else:
                 y = noise.integers(seed, noise.LABEL, index, plan.num_classes)
@@ -143,7 +170,7 @@ def main(args: argparse.Namespace) -> None:
             )
             images = codec.decode(latents).cpu().numpy()  # [B,H,W,3] uint8
             for i, image in zip(index.tolist(), images, strict=True):
-                pending.append(writers.submit(save_png, folder / f"{i:06d}.png", image))
+                pending.append(writers.submit(save_png, file_of(i), image))
             while len(pending) > 4 * args.per_proc_batch_size:
                 pending.pop(0).result()
         for task in pending:
@@ -152,13 +179,31 @@ def main(args: argparse.Namespace) -> None:
 
     # One process gathers
     if world.main:
-        files = [folder / f"{i:06d}.png" for i in range(args.num_fid_samples)]
-        save_npz(folder.with_name(folder.name + ".npz"), files)
+        files = [file_of(i) for i in range(number)]
+        written = [folder, f"{folder}-grid.png"]
+        if prompts is None:
+            written.insert(1, f"{folder}.npz")
+            save_npz(folder.with_name(folder.name + ".npz"), files)
         save_grid(folder.with_name(folder.name + "-grid.png"), files[: args.grid])
         describe_run(folder, settings, complete=True)
-        print(f"done: {folder}, {folder}.npz, {folder}-grid.png")
+        print(f"done: {', '.join(map(str, written))}")
     distributed.barrier(world)
     distributed.stop()
+
+
+def settle_sampler(args: argparse.Namespace, plan: GraftPlan) -> None:
+    """Gives unset flags the defaults of the plan's model; ValueError for what it does not take."""
+    for flag, value in (DEFAULTS_PIXART if plan.captioned else DEFAULTS_DIT).items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, value)
+    if not 2 <= args.num_sampling_steps <= 1000:
+        raise ValueError(f"--num-sampling-steps {args.num_sampling_steps}: use 2 to 1000")
+    if plan.captioned and args.prompts is None:
+        raise ValueError(f"{plan.model_name} is told what to draw by --prompts: name a file")
+    if plan.captioned and args.cfg_channels != "all":
+        raise ValueError(f"--cfg-channels {args.cfg_channels}: {plan.model_name} is guided on all")
+    if not plan.captioned and args.prompts is not None:
+        raise ValueError(f"--prompts {args.prompts}: {plan.model_name} is told classes; drop it")
 
 
 def default_name(args: argparse.Namespace, model_name: str, checkpoint: str | None) -> str:
@@ -168,6 +213,8 @@ def default_name(args: argparse.Namespace, model_name: str, checkpoint: str | No
         path = Path(checkpoint).resolve()
         run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
         source = f"{run.name}_{path.stem}"
+    if args.prompts is not None:
+        source = f"{source}-{Path(args.prompts).stem}"
     name = (
         f"{model_name}-{source}-{args.sampler}{args.num_sampling_steps}"
         f"-cfg-{args.cfg_scale}-seed-{args.global_seed}"
@@ -191,7 +238,8 @@ def parse_args() -> argparse.Namespace:
     add("--model", help="preset, such as DiT-XL/2; must agree with the YAML when both are given")
     add("--image-size", type=arguments.positive, help="pixels; as the YAML (256 without one)")
     add("--num-classes", type=arguments.positive, help="as the YAML (1000 without one)")
-    add("--vae", help="ema, mse or a folder (unset: the YAML's, and ema without one)")
+    add("--vae", help="ema, mse, sdxl or a folder (unset: the YAML's, or the model's)")
+    add("--text-encoder", help="of prompts: t5 or a folder (unset: the YAML's, and t5 without one)")
     add(
         "--allow-untrained",
         action="store_true",
@@ -207,13 +255,19 @@ def parse_args() -> argparse.Namespace:
         default="random",
         help="classes drawn, or i mod n",
     )
+    add("--prompts", help="for PixArt: .txt of one prompt a line, or .jsonl of GenEval's kind")
+    add("--images-per-prompt", type=arguments.positive, default=4, help="with --prompts")
     add("--global-seed", type=arguments.seed, default=0, help="labels and noise follow from it")
     add("--grid", type=arguments.positive, default=64, help="images in the grid picture")
     add = parser.add_argument_group("sampler").add_argument
-    add("--sampler", choices=("ddpm", "ddim", "dpm++"), default="ddpm", help="the papers': ddpm")
-    add("--num-sampling-steps", type=arguments.positive, default=250, help="2 to 1000")
-    add("--cfg-scale", type=arguments.guidance, default=1.5, help="guidance; 1 is none")
-    add("--cfg-channels", type=cfg_channels, default=3, help="guided latent channels: 3 or all")
+    add("--sampler", choices=("ddpm", "ddim", "dpm++"), help="(unset: ddpm; PixArt: dpm++)")
+    add("--num-sampling-steps", type=arguments.positive, help="2 to 1000 (unset: 250; PixArt: 20)")
+    add("--cfg-scale", type=arguments.guidance, help="1 is no guidance (unset: 1.5; PixArt: 4.5)")
+    add(
+        "--cfg-channels",
+        type=cfg_channels,
+        help="guided: 3 or all (unset: 3; PixArt: all)",
+    )
     add = arguments.add_machine(parser)
     add("--per-proc-batch-size", type=arguments.positive, default=32, help="images at a time")
     add(

@@ -10,7 +10,7 @@ caption.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +111,16 @@ def describe(texts: list[str], encoder: TextEncoder) -> dict:
     }
 
 
+def padded(rows: Sequence[np.ndarray], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings [tokens, C] of B captions -> float16 [B, length, C], and bool [B, length]."""
+    embeddings = np.zeros((len(rows), length, rows[0].shape[1]), np.float16)
+    mask = np.zeros((len(rows), length), bool)
+    for i, row in enumerate(rows):
+        embeddings[i, : len(row)] = row
+        mask[i, : len(row)] = True
+    return torch.from_numpy(embeddings), torch.from_numpy(mask)
+
+
 class CaptionTable:
     """The embedded captions of a store, through memory maps; `open_captions` makes it.
 
@@ -135,8 +145,7 @@ class CaptionTable:
                     f"{path / record['lengths']['file']} does not hold the lengths of "
                     f"{record['count']} captions: rerun extract_features.py"
                 )
-        embeddings, mask = self._rows(np.zeros(1, dtype=np.int64))
-        self.null_embeddings, self.null_mask = torch.from_numpy(embeddings), torch.from_numpy(mask)
+        self.null_embeddings, self.null_mask = self._rows(np.zeros(1, dtype=np.int64))
 
     def __len__(self) -> int:
         return self.manifest["count"]
@@ -160,21 +169,17 @@ class CaptionTable:
             self._maps[shard] = rows
         return self._maps[shard]
 
-    def _rows(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        L = self.manifest["max_tokens"]
-        embeddings = np.zeros((len(places), L, self.width), np.float16)
-        mask = np.zeros((len(places), L), bool)
-        for i, place in enumerate(places):
+    def _rows(self, places: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = []
+        for place in places:
             shard, row = divmod(int(place), self.manifest["shard_size"])
             length, end = int(self._lengths[shard][row]), int(self._ends[shard][row])
-            embeddings[i, :length] = self._map(shard)[end - length : end]
-            mask[i, :length] = True
-        return embeddings, mask
+            rows.append(self._map(shard)[end - length : end])
+        return padded(rows, self.manifest["max_tokens"])
 
     def read(self, places: np.ndarray) -> Captions:
         """The captions at int64 places [B], float16 on the CPU."""
-        rows = (torch.from_numpy(part) for part in self._rows(places))
-        return Captions(*rows, self.null_embeddings, self.null_mask)
+        return Captions(*self._rows(places), self.null_embeddings, self.null_mask)
 
     def verify(self, shards: Iterable[int]) -> None:
         """Reads files and checks them against their sha256; ValueError names what differs."""

@@ -9,6 +9,8 @@ import torch
 
 from latents.codec import published_folder
 from models.config_files import places
+from models.graft_plan import GraftPlan
+from models.presets import PRESETS
 
 HUB_NAMES = {"t5": "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers"}
 PARTS = ("text_encoder", "tokenizer")  # subfolders, as of a diffusers pipeline
@@ -33,6 +35,15 @@ class TextEncoder:
     sha256: str
     device: torch.device
     dtype: torch.dtype
+
+    def check_plan(self, plan: GraftPlan) -> None:
+        """ValueError when a plan's model does not read what this encoder gives."""
+        width = PRESETS[plan.model_name]["caption_channels"]
+        if self.width != width:
+            raise ValueError(
+                f"text encoder {self.id}: its embeddings are {self.width} wide; {plan.model_name} "
+                f"of {plan.path} takes {width}: name its own in text_encoder, or --text-encoder"
+            )
 
     def tokens(self, texts: list[str]) -> list[int]:
         """How many tokens each text has, its end mark among them, before any is cut."""

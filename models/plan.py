@@ -28,6 +28,7 @@ __all__ = [
     "find_file",
     "flag_path",
     "load_plan",
+    "network_of",
     "plan_from_flags",
     "read_yaml",
     "with_base",
@@ -319,6 +320,23 @@ def _weight_file(name: str, path: Path | None) -> Path | None:
     if path is None or not is_captioned(name) or path.suffix in (".safetensors", ".pt", ".pth"):
         return path
     return path / DIFFUSERS_WEIGHTS
+
+
+def network_of(plan: GraftPlan, key: str, given: str | None) -> tuple[str, str | Path]:
+    """The "vae" or "text_encoder" of a plan, or of the flag of that name where it is given.
+
+    Returns:
+        The name as it stands there, and the folder, or again the name of a published network.
+
+    Raises:
+        FileNotFoundError: no such folder.
+    """
+    name = given or getattr(plan, key)
+    if name in {"vae": VAE_NAMES, "text_encoder": ENCODER_NAMES}[key]:
+        return name, name
+    if given:
+        return name, flag_path(f"--{key.replace('_', '-')}", name)
+    return name, find_file(name, plan.path, key, folder=True)
 
 
 # -- from flags ----------------------------------------------------------------
