@@ -13,6 +13,7 @@ from models.provenance import environment
 
 # Settings that are paths -> the setting that tells what lies there. A file may move.
 IDENTIFIED_BY = {"config": "plan", "checkpoint": "checkpoint_sha256", "vae": "vae_sha256"}
+IDENTIFIED_BY["text_encoder"] = "text_encoder_sha256"
 
 
 def describe_run(folder: Path, settings: dict, complete: bool) -> None:
