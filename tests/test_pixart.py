@@ -22,14 +22,14 @@ from models.grafting import build_grafted, graft, load_plan, load_trained
 from models.operators import build_operator
 from models.pixart import PixArt, write_diffusers
 from models.plan import plan_from_flags
-from models.presets import PRESETS, blank_condition, build_model, latent_size, pixart_config
+from models.presets import blank_condition, build_model, latent_size, pixart_config
 from models.selection import GraftPair
 from models.weights import diffusers_name, our_name, read_checkpoint
 from scripts import export_weights
 from training.distillation import Teacher
 from training.lora import add_lora_around, merge_lora
 
-WORDS = "a red blue green big small circle square on the with of".split()
+WORDS = ["a", "red", "blue", "green", "big", "small", "circle", "square", "the"]
 CONFIG = pixart_config("PixArt-Mini")
 
 
@@ -302,13 +302,11 @@ def test_every_caption_is_stored_once_as_the_encoder_gives_it(files, store):
 
 def order(files):
     """The numbers of the pictures in the order of the listing."""
-    names = sorted(
-        [f"sub/{i}.png" for i in range(1, 12, 2)] + [f"{i}.png" for i in range(0, 12, 2)]
-    )
+    names = sorted(f"sub/{i}.png" if i % 2 else f"{i}.png" for i in range(12))
     return [int(name.removeprefix("sub/").removesuffix(".png")) for name in names]
 
 
-def test_extraction_goes_on_and_is_verified(files, store, tmp_path):
+def test_extraction_goes_on_and_is_verified(files, store):
     before = {p: p.read_bytes() for p in store.rglob("*.npy")}
     next(p for p in before if p.name.endswith("embeddings.npy")).write_bytes(b"torn")
     with pytest.raises(ValueError, match="00000-embeddings.npy has 4 bytes"):
@@ -472,10 +470,6 @@ def test_export_writes_diffusers_format(files, tmp_path):
 # -- bad input -----------------------------------------------------------------
 
 
-def refused(files, entry, *flags):
-    return refused_here(f"{entry}.py", *flags)
-
-
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -533,7 +527,7 @@ def test_base_of_another_resolution_is_refused(files, tmp_path):
         (["--prompts", "PROMPTS", "--cfg-channels", "3"], "--cfg-channels 3: PixArt-Mini"),
         (
             ["--prompts", "PROMPTS", "--text-encoder", "WIDE"],
-            "are 40 wide; PixArt-Mini .* takes 32",
+            "are 40 wide; PixArt-Mini of",
         ),
         (["--prompts", "PROMPTS", "--text-encoder", "gone"], "--text-encoder gone: no such file"),
         (["--prompts", "EMPTY"], "holds no prompt"),
@@ -547,18 +541,12 @@ def test_bad_sampling_is_one_error(files, tmp_path, flags, message):
         write_encoder(tmp_path / "wide", seed=0, width=40)
     flags = [names.get(flag, flag) for flag in flags]
     common = ["--config", files / "plain.yaml", "--sample-dir", tmp_path / "samples"]
-    error = refused(files, "sample_ddp_finetuned", *common, *flags)
+    error = refused_here("sample_ddp_finetuned.py", *common, *flags)
     assert len(error.strip().splitlines()) == 1
-    assert pytest.importorskip("re").search(message, error), error
+    assert message in error, error
     assert not (tmp_path / "samples").exists()
 
 
-def test_prompts_are_not_for_classes(tmp_path):
+def test_prompts_are_not_for_classes():
     flags = ["--config", "configs/mini/base.yaml", "--prompts", "p.txt"]
-    assert "DiT-Mini/2 is told classes" in refused(None, "sample_ddp_finetuned", *flags)
-
-
-def test_every_preset_has_what_plans_read():
-    for name, preset in PRESETS.items():
-        assert {"depth", "hidden_size", "num_heads", "patch_size", "latent_downsample"} <= {*preset}
-        assert name.startswith("PixArt") == ("caption_channels" in preset)
+    assert "DiT-Mini/2 is told classes" in refused_here("sample_ddp_finetuned.py", *flags)
