@@ -28,12 +28,11 @@ from latents.captions import FOLDER, CaptionWriter, read_captions
 from latents.captions import describe as describe_captions
 from latents.codec import Codec, encode_rows, load_codec
 from latents.images import CaptionedImages, LabelledImages, collate, usable_cpus
-from latents.shards import ShardWriter
 from latents.store import StoreWriter, joined, open_latents
-from latents.text import TextEncoder, load_text_encoder
-from models.files import file_sha256
+from latents.text import load_text_encoder
 from models.presets import MAX_TOKENS
 from training import arguments, distributed, precision
+from training.extraction import begin, embed_captions
 from training.runlog import RunLog, watched
 
 
@@ -51,6 +50,7 @@ def main(args: argparse.Namespace) -> None:
         source = f"--captions {args.captions}"
         found = read_captions(args.captions)
         pictures = CaptionedImages(args.data_path, args.image_size, found, source)
+        args.no_mirror = True  # a mirror image belies what is left or right of what
     classes = len(pictures.class_names)
     if classes > args.num_classes:
         raise ValueError(
@@ -145,41 +145,6 @@ def main(args: argparse.Namespace) -> None:
     distributed.stop()
 
 
-def begin(writer: ShardWriter, world: distributed.World) -> list[int]:
-    """Makes a store's folder ready -> the shards that are not there, checked by all processes."""
-    shares = distributed.gather_objects(
-        world, writer.missing(range(world.rank, writer.num_shards, world.size))
-    )
-    missing = sorted(sum(shares, []))
-    if world.main:
-        writer.begin(missing)
-    distributed.barrier(world)
-    return missing
-
-
-def embed_captions(
-    table: CaptionWriter,
-    pictures: CaptionedImages,
-    encoder: TextEncoder,
-    world: distributed.World,
-    log: RunLog,
-) -> dict:
-    """Writes the table of the captions, shared out over the processes -> what the manifest says."""
-    mine = begin(table, world)[world.rank :: world.size]
-    for shard in tqdm(mine, disable=not watched(world), unit="shard of captions"):
-        table.write_shard(shard, pictures.texts, encoder)
-    distributed.barrier(world)
-    if not world.main:
-        return {}
-    manifest = table.finish()
-    cut = sum(record["truncated"] for record in manifest["shards"])
-    if cut:
-        log.info(f"captions cut at {encoder.max_tokens} tokens (--max-tokens): {cut:,}")
-    if pictures.unused:
-        log.info(f"captions of pictures that are not in --data-path: {pictures.unused:,}")
-    return {"captions_sha256": file_sha256(table.folder / "manifest.json")}
-
-
 def verify(path: str, world: distributed.World) -> None:
     """Checks a finished store's shards, shared out over the processes, against their sha256."""
     store, fault = open_latents(path), None
@@ -262,7 +227,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "text_encoder/ and tokenizer/",
     )
     add("--max-tokens", type=arguments.positive, default=MAX_TOKENS, help="captions are cut there")
-    add("--no-mirror", action="store_true", help="store the images only, half the space")
+    add(
+        "--no-mirror",
+        action="store_true",
+        help="store the images only, half the space; always so with --captions",
+    )
     add(
         "--storage",
         choices=("moments", "sample"),

@@ -9,6 +9,7 @@ Every text is in the table once, and the store's labels are places in it. Place 
 caption.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -108,6 +109,7 @@ def describe(texts: list[str], encoder: TextEncoder) -> dict:
         "text_encoder": encoder.id,
         "text_encoder_sha256": encoder.sha256,
         "precision": str(encoder.dtype).removeprefix("torch."),
+        "texts_sha256": hashlib.sha256("\n".join(map(json.dumps, texts)).encode()).hexdigest(),
     }
 
 

@@ -393,8 +393,11 @@ class LatentStore:
             self.captions.verify(range(first, self.captions.num_shards, step))
 
     def verify_one(self, *chance: int) -> None:
-        """As `verify`, one shard that follows from the numbers `chance`."""
-        self._rows.verify([int(np.random.default_rng(chance).integers(len(self._rows)))])
+        """As `verify`, one shard that follows from the numbers `chance`; one of captions too."""
+        draw = np.random.default_rng(chance)
+        self._rows.verify([int(draw.integers(len(self._rows)))])
+        if self.captions is not None:
+            self.captions.verify([int(draw.integers(self.captions.num_shards))])
 
     def read(self, indices: torch.Tensor) -> torch.Tensor:
         """Rows of the store as they are stored, on the CPU.

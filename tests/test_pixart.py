@@ -115,11 +115,15 @@ def files(tmp_path_factory):
     return folder
 
 
-def extract(files, out, *more):
+def extract_flags(files, out, *more):
     flags = ["--data-path", files / "images", "--captions", files / "captions.jsonl"]
     flags += ["--vae", MINI / "vae", "--text-encoder", files / "t5", "--image-size", 64]
     flags += ["--num-workers", 0, "--shard-size", 8, "--max-tokens", 12, "--features-path", out]
-    return enter("extract_features", *flags, *more)
+    return [*flags, *more]
+
+
+def extract(files, out, *more):
+    return enter("extract_features", *extract_flags(files, out, *more))
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +310,7 @@ def order(files):
     return [int(name.removeprefix("sub/").removesuffix(".png")) for name in names]
 
 
-def test_extraction_goes_on_and_is_verified(files, store):
+def test_extraction_goes_on_and_is_verified(files, store, tmp_path):
     before = {p: p.read_bytes() for p in store.rglob("*.npy")}
     next(p for p in before if p.name.endswith("embeddings.npy")).write_bytes(b"torn")
     with pytest.raises(ValueError, match="00000-embeddings.npy has 4 bytes"):
@@ -318,6 +322,28 @@ def test_extraction_goes_on_and_is_verified(files, store):
     )
     with pytest.raises(ValueError, match="max_tokens was 12 and is now 9"):
         extract(files, store, "--max-tokens", 9)
+    changed = (files / "captions.jsonl").read_text().replace("red", "square")
+    (tmp_path / "changed.jsonl").write_text(changed)
+    with pytest.raises(ValueError, match="captions/settings.json: texts_sha256 was"):
+        extract(files, store, "--captions", tmp_path / "changed.jsonl")
+    opened = open_latents(store)
+    assert opened.num_mirrors == 1  # "left of" stays true
+    flipped = store / "captions" / "shards" / "00000-embeddings.npy"
+    flipped.write_bytes(before[flipped][:-1] + bytes([before[flipped][-1] ^ 1]))
+    for check in (opened.verify, lambda: opened.verify_one(0)):
+        with pytest.raises(ValueError, match="00000-embeddings.npy differs from its sha256"):
+            check()
+    flipped.write_bytes(before[flipped])
+
+
+def test_two_processes_extract_the_same_bytes(files, store, tmp_path):
+    two = extract_flags(files, tmp_path / "two")
+    Forked(tmp_path, "extract_features.py", *two, ranks=2).join()
+    one, two = (
+        {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*.npy"))}
+        for folder in (store, tmp_path / "two")
+    )
+    assert len(one) == 2 * 2 + 3 and one == two
 
 
 def test_captions_make_another_store_for_another_model(files, store, write_latents, tmp_path):
@@ -383,6 +409,22 @@ def test_selection_and_low_rank_finetuning_leave_their_marks(files, trained):
     assert all(state["model"][n].any() for n in updates)
     linears = {n for n, m in start.named_modules() if isinstance(m, torch.nn.Linear)}
     assert len(updates) == len({n for n in linears if not f"{n}.".startswith(new)})
+
+
+def test_what_training_leaves_is_a_start(files, trained, tmp_path):
+    """The finetuned plan takes the updates in; a merged selection and a teacher train on."""
+    model, report = build_grafted(load_plan(trained / "finetuned.yaml"))
+    assert report.counts() == {"checkpoint": len(model.state_dict())}
+    plan = files / "runs" / "distilled-PixArt-Mini" / "distilled.yaml"
+    flags = ["--config", plan, "--max-steps", 1, "--delta-w", "--lora", "--groups", "2:4"]
+    flags += ["--save-model", tmp_path / "merged.pt"]
+    enter("prune_by_learning", *train_flags(files, "merged", *flags))
+    _, report = build_grafted(load_plan(tmp_path / "merged.yaml"))
+    assert set(report.counts()) == {"checkpoint"}
+    flags = ["--config", tmp_path / "merged.yaml", "--max-steps", 1, "--distill"]
+    enter("finetune_tinyfusion", *train_flags(files, "taught", *flags))
+    lines = (files / "runs" / "taught-PixArt-Mini" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["kd"] > 0
 
 
 def test_interrupted_low_rank_run_ends_bit_for_bit(files, trained):
