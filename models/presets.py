@@ -3,6 +3,7 @@
 DiT (models/dit.py) is told a class, PixArt-Sigma (models/pixart.py) a caption.
 """
 
+from collections import ChainMap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +42,7 @@ _PIXART["PixArt-Mini"] = {
     "interpolation_scale": 1,
     "caption_channels": 32,
 }
-PRESETS: dict[str, dict[str, int]] = {**DIT_PRESETS, **_PIXART}
+PRESETS = ChainMap(DIT_PRESETS, _PIXART)
 MAX_TOKENS = 300  # of a caption, in PixArt-Sigma (arXiv 2403.04692)
 LATENT_CHANNELS = 4
 
