@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,6 +114,8 @@ def load_text_encoder(
     from transformers import AutoTokenizer, T5EncoderModel
     from transformers.utils import logging
 
+    # the tokenizer's threads would not outlive the fork of an image loader's workers, and complain
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     folder = find_text_encoder(str(name))
     weights, tokens = _parts(folder)
     if not (weights / "config.json").is_file():

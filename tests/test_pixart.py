@@ -14,6 +14,8 @@ from entries import MINI, REPOSITORY, Forked, refused_here
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffusion.samplers import sample as draw
+from latents.prompts import Prompts
 from latents.store import open_latents
 from latents.text import load_text_encoder
 from models import costs
@@ -476,6 +478,41 @@ def test_samples_lie_as_geneval_reads_them(files, trained):
     sample(files, "all", *checkpoint, "--per-proc-batch-size", 3)
     pixels = (folder / "00001" / "samples" / "0000.png").read_bytes()
     assert pixels == before[folder / "00001" / "samples" / "0000.png"]
+
+
+@torch.no_grad()
+def test_draws_what_diffusers_pipeline_draws(files):
+    """Up to the embeddings' rounding to float16; the same scheduler as the published pipeline's."""
+    from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    pipeline = PixArtSigmaPipeline(
+        tokenizer=AutoTokenizer.from_pretrained(files / "t5" / "tokenizer"),
+        text_encoder=T5EncoderModel.from_pretrained(files / "t5" / "text_encoder"),
+        vae=AutoencoderKL.from_pretrained(MINI / "vae"),
+        transformer=PixArtTransformer2DModel.from_pretrained(files / "pixart"),
+        scheduler=DPMSolverMultistepScheduler(
+            beta_start=1e-4, beta_end=0.02, beta_schedule="linear", algorithm_type="dpmsolver++"
+        ),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    texts, start = ["A red circle", "the blue square"], X[:2]
+    expected = pipeline(
+        texts, latents=start.clone(), num_inference_steps=4, guidance_scale=4.5, height=64,
+        width=64, use_resolution_binning=False, clean_caption=False, output_type="latent",
+    ).images  # fmt: skip
+    model, _ = build_grafted(load_plan(files / "plain.yaml"))
+    prompts = Prompts([{"prompt": text} for text in texts], per_prompt=1)
+    encoder = load_text_encoder(files / "t5", 300, torch.device("cpu"), torch.float32)
+    prompts.embed(encoder, [0, 1])
+    y = prompts.conditions(torch.arange(2)).guided()
+
+    def model_fn(x, t):
+        return model.eval().forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), y, 4.5)[:2]
+
+    found = draw(model_fn, start.shape, sampler="dpm++", steps=4, start=start)
+    assert (found - expected).norm() < 1e-3 * expected.norm()
+    assert (found - start).norm() > start.norm()
 
 
 @torch.no_grad()
