@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -248,6 +249,44 @@ def test_window_over_all_tokens_inherits_the_attention(files):
     plain, _ = build_grafted(load_plan(files / "plain.yaml"))
     y = condition(3)
     torch.testing.assert_close(model(X, T, y), plain(X, T, y), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_both_slots_take_every_operator_and_load_again(files, tmp_path):
+    operators = {
+        "mha": [("hyena_se", "{}"), ("hyena_y", "{}"), ("mamba2", "{headdim: 16}"), ("mha", "{}")],
+        "mlp": [("mlp", "{expansion_ratio: 4}"), ("mlp", "{expansion_ratio: 3}")],
+    }
+    operators["mlp"].append(("mlp_hyena_x", "{expansion_ratio: 2}"))
+    lines = ["grafts:"]
+    for slot, entries in operators.items():
+        for block, (name, config) in enumerate(entries):
+            file = tmp_path / f"{slot}{block}.yaml"
+            file.write_text(config)
+            lines.append(
+                f"- {{type: {slot}, name: {name}, config_filepath: {file}, "
+                f"graft_indexes: [{block}]}}"
+            )
+    path = write_plan(tmp_path / "all.yaml", files, blocks="")
+    path.write_text(path.read_text().replace("grafts: []", "\n".join(lines)))
+    plan = load_plan(path)
+    model, report = build_grafted(plan)
+    assert {"base", "fresh"} == set(report.counts())
+    y = condition(3)
+    expected = model.eval()(X, T, y)
+    torch.save({"model": model.state_dict(), "plan": plan.architecture()}, tmp_path / "all.pt")
+    again, report = build_grafted(replace(plan, grafted_ckpt_path=tmp_path / "all.pt"))
+    assert set(report.counts()) == {"checkpoint"}
+    torch.testing.assert_close(again.eval()(X, T, y), expected, rtol=0, atol=0)
+    load_trained(again, plan, tmp_path / "all.pt")
+    with pytest.raises(ValueError, match="block 0 holds 'hyena_se' in its mha slot"):
+        load_trained(again, load_plan(files / "plan.yaml"), write_state(model, tmp_path))
+
+
+def write_state(model, folder):
+    """The weights alone, which do not say what is grafted."""
+    torch.save(model.state_dict(), folder / "state.pt")
+    return folder / "state.pt"
 
 
 @torch.no_grad()
