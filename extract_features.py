@@ -1,8 +1,10 @@
 r"""Encodes an image folder once: the VAE's posterior moments of every image and its mirror.
 
-Inputs:  an image folder, <data-path>/<class>/<picture>, and a VAE (ema, mse or a diffusers folder).
+Inputs:  an image folder, <data-path>/<class>/<picture>, and a VAE (ema, mse, sdxl or a diffusers
+         folder). With --captions, pictures anywhere below <data-path> and a text encoder.
 Outputs: <features-path>/manifest.json, shards/ and log.txt: the latent store that
-         finetune_tinyfusion.py and the other trainers read (latents/store.py describes it).
+         finetune_tinyfusion.py and the other trainers read (latents/store.py describes it); with
+         --captions also captions/, every caption's embedding once (latents/captions.py).
 
     torchrun --nnodes=1 --nproc_per_node=8 extract_features.py \
         --data-path /data/imagenet/train --features-path data/imagenet_encoded
@@ -15,19 +17,22 @@ a shared --features-path.
 """
 
 import argparse
-import os
 import time
+from pathlib import Path
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from diffusion import noise
-from latents.codec import Codec, load_codec
-from latents.images import LabelledImages, collate
-from latents.store import StoreWriter, open_latents
+from latents.captions import FOLDER, CaptionWriter, read_captions
+from latents.captions import describe as describe_captions
+from latents.codec import Codec, encode_rows, load_codec
+from latents.images import CaptionedImages, LabelledImages, collate, usable_cpus
+from latents.store import StoreWriter, joined, open_latents
+from latents.text import load_text_encoder
+from models.presets import MAX_TOKENS
 from training import arguments, distributed, precision
+from training.extraction import begin, embed_captions
 from training.runlog import RunLog, watched
 
 
@@ -39,7 +44,13 @@ def main(args: argparse.Namespace) -> None:
         return
     dtype = precision.choose(args.precision, world.device)
     precision.allow_tf32(dtype != torch.float32)
-    pictures = LabelledImages(args.data_path, args.image_size)
+    if args.captions is None:
+        pictures = LabelledImages(args.data_path, args.image_size)
+    else:
+        source = f"--captions {args.captions}"
+        found = read_captions(args.captions)
+        pictures = CaptionedImages(args.data_path, args.image_size, found, source)
+        args.no_mirror = True  # a mirror image belies what is left or right of what
     classes = len(pictures.class_names)
     if classes > args.num_classes:
         raise ValueError(
@@ -53,22 +64,28 @@ def main(args: argparse.Namespace) -> None:
             f"downsampling of --vae {args.vae}"
         )
 
+    encoder = table = None
+    if args.captions is not None:
+        encoder = load_text_encoder(args.text_encoder, args.max_tokens, world.device, dtype)
+        table = CaptionWriter(
+            Path(args.features_path) / FOLDER, describe_captions(pictures.texts, encoder)
+        )
+
     # Store: what is there already is checked, what is missing is shared out
     writer = StoreWriter(args.features_path, describe(args, pictures, codec, dtype))
-    shares = distributed.gather_objects(
-        world, writer.missing(range(world.rank, writer.num_shards, world.size))
-    )
-    missing = sorted(sum(shares, []))
-    if world.main:
-        writer.begin(missing)
-    distributed.barrier(world)
+    missing = begin(writer, world)
     log = RunLog(args.features_path, world, vars(args), tensorboard=False)
+    more = {}
+    if table is not None:
+        more = embed_captions(table, pictures, encoder, world, log)
+        del encoder
+    about = f"classes {classes}" if table is None else f"captions {len(pictures.texts) - 1:,}"
     log.info(
-        f"{args.data_path}: images {len(pictures):,}, classes {classes}, shards "
+        f"{args.data_path}: images {len(pictures):,}, {about}, shards "
         f"{writer.num_shards}, of these to do {len(missing)}, on {world.size} x "
         f"{world.device.type}, {dtype}"
     )
-    if classes < args.num_classes:
+    if table is None and classes < args.num_classes:
         log.info(f"class folders {classes}, fewer than --num-classes {args.num_classes}: a subset?")
 
     # Encoding: batches never cross a shard, so a shard's bytes depend on its pictures alone
@@ -87,6 +104,7 @@ def main(args: argparse.Namespace) -> None:
     )
     bar = tqdm(total=sum(len(rows) for _, rows in batches), disable=not watched(world), unit="img")
     arrays, labels, skipped = [], [], []
+    sample_seed = args.global_seed if args.storage == "sample" else None
     done, counted, since = 0, 0, time.perf_counter()
     for step, ((shard, rows), batch) in enumerate(zip(batches, loader, strict=True), start=1):
         images, batch_labels, positions, errors = batch
@@ -97,7 +115,8 @@ def main(args: argparse.Namespace) -> None:
             )
         skipped += errors
         if len(images):
-            arrays.append(encode(codec, images, positions, args))
+            mirrors = 1 if args.no_mirror else 2
+            arrays.append(encode_rows(codec, images, positions, mirrors, sample_seed))
             labels.append(batch_labels)
         if rows[-1] == writer.rows(shard)[-1]:
             writer.write_shard(shard, *joined(arrays, labels, writer.settings), skipped)
@@ -117,7 +136,7 @@ def main(args: argparse.Namespace) -> None:
     # Manifest last: from here on the folder is a store
     distributed.barrier(world)
     if world.main:
-        manifest = writer.finish()
+        manifest = writer.finish(**more)
         log.info(f"{args.features_path}/manifest.json: images {manifest['count']:,}")
         for sentence in manifest["skipped"]:
             log.info(f"skipped: {sentence}")
@@ -139,44 +158,6 @@ def verify(path: str, world: distributed.World) -> None:
         raise ValueError("; ".join(faults))
     if world.main:
         print(f"{path}: all shards are whole ({len(store):,} images)")
-
-
-def usable_cpus() -> int:
-    """Cores that this process may use; where the system does not say, all."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def encode(
-    codec: Codec, images: torch.Tensor, positions: torch.Tensor, args: argparse.Namespace
-) -> np.ndarray:
-    """uint8 images [b, 3, S, S] to fp16 rows of the store [b, mirrors, 2C or C, h, w]."""
-    x = images.to(codec.device, non_blocking=True).float() / 127.5 - 1
-    views = [x] if args.no_mirror else [x, x.flip(3)]
-    moments = codec.encode(torch.cat(views))  # [mirrors*b, 2C, h, w]
-    moments = moments.unflatten(0, (len(views), len(x))).transpose(0, 1)  # [b, mirrors, 2C, h, w]
-    if args.storage == "sample":
-        mean, logvar = moments.chunk(2, dim=2)
-        index = positions.to(codec.device)
-        draws = [
-            noise.normal(args.global_seed, noise.POSTERIOR, index, mean.shape[2:], step=mirror)
-            for mirror in range(len(views))
-        ]
-        moments = (mean + torch.exp(0.5 * logvar) * torch.stack(draws, dim=1)) * codec.scale
-    return moments.to(torch.float16).cpu().numpy()
-
-
-def joined(
-    arrays: list[np.ndarray], labels: list[np.ndarray], settings: dict
-) -> tuple[np.ndarray, np.ndarray]:
-    """A shard's batches as one array; of no rows when none of its pictures could be read."""
-    if arrays:
-        return np.concatenate(arrays), np.concatenate(labels)
-    channels, h, w = settings["shape"]
-    channels *= 2 if settings["kind"] == "moments" else 1
-    empty = np.empty((0, settings["mirrors"], channels, h, w), settings["dtype"])
-    return empty, np.empty(0, dtype=np.int64)
 
 
 def describe(
@@ -207,6 +188,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = arguments.parser(__doc__)
     add = parser.add_argument_group("data").add_argument
     add("--data-path", help="image folder, <class>/<picture> below it")
+    add(
+        "--captions",
+        help='JSONL of {"file_name": picture below --data-path, "caption" or "text": ...}, for '
+        "text-to-image models; the folders are no classes then",
+    )
     add("--features-path", default="features", help="latent store to write")
     add("--image-size", type=arguments.positive, default=256, help="side of the crop, pixels")
     add(
@@ -231,10 +217,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--vae",
         default="ema",
-        help="ema, mse (stabilityai/sd-vae-ft-*, from pretrained/ or the hub) or a diffusers "
-        "AutoencoderKL folder",
+        help="ema, mse, sdxl (stabilityai/sd-vae-ft-*, sdxl-vae, from pretrained/ or the hub) or a "
+        "diffusers AutoencoderKL folder",
     )
-    add("--no-mirror", action="store_true", help="store the images only, half the space")
+    add(
+        "--text-encoder",
+        default="t5",
+        help="of the captions: t5 (PixArt-Sigma's, from pretrained/ or the hub) or a folder with "
+        "text_encoder/ and tokenizer/",
+    )
+    add("--max-tokens", type=arguments.positive, default=MAX_TOKENS, help="captions are cut there")
+    add(
+        "--no-mirror",
+        action="store_true",
+        help="store the images only, half the space; always so with --captions",
+    )
     add(
         "--storage",
         choices=("moments", "sample"),

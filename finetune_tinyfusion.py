@@ -1,4 +1,4 @@
-r"""Trains a DiT, grafted or plain, with the diffusion loss: final finetuning, Stage 2, pretraining.
+r"""Trains a grafted or plain model with the diffusion loss: final finetuning, Stage 2, pretraining.
 
 Inputs:  a latent store (extract_features.py) and a graft YAML; its weight files, or --load-weight.
 Outputs: <results-dir>/<prefix>-<model>/ with log.txt, metrics.jsonl, tensorboard/,
@@ -11,8 +11,8 @@ Outputs: <results-dir>/<prefix>-<model>/ with log.txt, metrics.jsonl, tensorboar
 
 The defaults are the final finetuning of learned layer selection: AdamW at 1e-4, cosine to half of
 it, gradient clip 1.0, EMA 0.9999. A YAML with `grafts: []` (or no YAML and --model) trains a plain
-DiT; with --distill the pretrained DiT teaches a grafted one. The same command runs without
-torchrun, on CPU or GPU.
+DiT; with --distill the pretrained DiT teaches a grafted one; with --lora all but the new operators
+learn low-rank updates. The same command runs without torchrun, on CPU or GPU.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from training.compilation import compile_functions, compile_models, graphed
 from training.draws import draw
 from training.ema import Ema
 from training.knowledge import WithHidden, distilled_losses, pretrained
+from training.lora import add_lora_around
 from training.optimizer import StepGuard, adamw, count, schedule
 from training.runlog import Means, RunLog, watched
 from training.validation import validation_loss
@@ -42,7 +43,7 @@ from training.validation import validation_loss
 # A resumed run must have these flags as it was begun with
 FIXED = ("lr", "lr_schedule", "lr_end_factor", "warmup_steps", "weight_decay", "clip_grad")
 FIXED += ("class_dropout", "ema_decay", "milestones", "lr_gamma")
-FIXED += ("distill", "kd_weight", "feature_weight")
+FIXED += ("distill", "kd_weight", "feature_weight", "lora", "lora_rank", "lora_alpha")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -52,6 +53,8 @@ def main(args: argparse.Namespace) -> None:
     precision.allow_tf32(dtype != torch.float32)
     torch.manual_seed(args.global_seed)
     milestones = arguments.milestones(args)
+    if args.lora and args.lora_alpha is None:
+        args.lora_alpha = 2.0 * args.lora_rank  # its readers find it in the checkpoint
     plan = plan_from_flags(args.config_filepath, args.model, args.image_size, args.num_classes)
     plan = with_base(plan, args.load_weight)
     store = open_latents(args.data_path, num_classes=plan.num_classes)
@@ -80,6 +83,7 @@ def main(args: argparse.Namespace) -> None:
 
     # Model: every tensor from a file, or from the checkpoint that is resumed; its teacher
     model, report = build_grafted(plan, weights=resumed is None)
+    adapted = add_lora_around(model, plan, args.lora_rank, args.lora_alpha) if args.lora else []
     model.to(world.device).train()
     learner, teacher = model, None
     if args.distill:
@@ -91,6 +95,9 @@ def main(args: argparse.Namespace) -> None:
     log.info(f"{plan.describe()}; {count(model.parameters()):,} parameters")
     for line in report.lines() if resumed is None else [f"resumed at step {start_step}"]:
         log.info(line)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if adapted:
+        log.info(f"training {count(trained):,} of them ({len(adapted)} LoRA layers)")
     log.info(
         f"{extent.order['images']:,} images of {args.data_path}; {total_steps:,} steps of "
         f"{args.global_batch_size} on {world.size} x {world.device.type}, {dtype}"
@@ -99,7 +106,6 @@ def main(args: argparse.Namespace) -> None:
         log.info(line)
 
     # Optimiser, averages, wrappers
-    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = adamw([{"params": trained, "lr": args.lr}], args.weight_decay)
     lr = schedule(
         optimizer,
@@ -256,6 +262,9 @@ def parse_args() -> argparse.Namespace:
         help="of the masked features of all blocks at the start, falling linearly to 0",
     )
     add = arguments.add_optimisation(parser, ema_decay=0.9999)
+    add("--lora", action="store_true", help="low-rank updates of all but the new operators")
+    add("--lora-rank", type=arguments.positive, default=64, help="rank of each update")
+    add("--lora-alpha", type=arguments.rate, help="updates are scaled by alpha / rank (2 x rank)")
     arguments.add_schedule(add, kind="cosine")
     arguments.add_machine(parser)
     add = parser.add_argument_group("accepted so that old commands run").add_argument

@@ -1,9 +1,11 @@
-r"""Samples images class-conditionally from a DiT, grafted or plain, on any number of processes.
+r"""Samples images of classes from a DiT, or of prompts from PixArt, grafted or plain.
 
 Inputs:  a graft YAML and, with --graft-fusion-ckpt-path, a checkpoint of finetune_tinyfusion.py
-         (without it: the YAML's own weight files); the VAE.
+         (without it: the YAML's own weight files); the VAE; for PixArt --prompts, a .txt or a
+         .jsonl file such as GenEval's evaluation_metadata.jsonl, and the text encoder.
 Outputs: <sample-dir>/<name>/000000.png ..., samples.json (all that the images depend on) in the
          same folder, and beside it <name>.npz (arr_0, for the ADM evaluator) and <name>-grid.png.
+         With --prompts GenEval's layout, <name>/00000/samples/0000.png ..., and no .npz.
 
     torchrun --nnodes=1 --nproc_per_node=4 sample_ddp_finetuned.py --num-fid-samples 50000 \
         --config-filepath configs/50p_graftfusion75_swa.yaml \
@@ -27,16 +29,25 @@ from diffusion import noise
 from diffusion.samplers import sample
 from evaluation.writers import describe_run, save_grid, save_npz, save_png
 from latents.codec import load_codec
+from latents.prompts import read_prompts
+from latents.text import load_text_encoder
 from models.files import file_sha256
+from models.graft_plan import GraftPlan
 from models.grafting import build_grafted, load_trained, with_base
 from models.inference import quicken
 from models.operators.accelerators import accelerate
-from models.plan import find_file, flag_path, plan_from_flags
+from models.plan import network_of, plan_from_flags
+from models.presets import MAX_TOKENS
 from training import arguments, distributed, precision
 from training.compilation import compile_functions, compile_models, graphed
 from training.runlog import watched
 
 LABELS = ("random", "balanced")  # else a file
+# What flags left unset stand for: the papers' for DiT, those of diffusers' pipeline for PixArt
+DEFAULTS_DIT = {"sampler": "ddpm", "num_sampling_steps": 250, "cfg_scale": 1.5, "cfg_channels": 3}
+DEFAULTS_PIXART = {
+    "sampler": "dpm++", "num_sampling_steps": 20, "cfg_scale": 4.5, "cfg_channels": "all"
+}  # fmt: skip
 
 
 @torch.inference_mode()
@@ -46,19 +57,20 @@ def main(args: argparse.Namespace) -> None:
     dtype = precision.choose(args.precision, world.device)
     precision.allow_tf32(args.tf32)
     torch.manual_seed(args.global_seed)
-    if not 2 <= args.num_sampling_steps <= 1000:
-        raise ValueError(f"--num-sampling-steps {args.num_sampling_steps}: use 2 to 1000")
     plan = plan_from_flags(args.config_filepath, args.model, args.image_size, args.num_classes)
     plan = with_base(plan, args.load_weight)
+    settle_sampler(args, plan)
     labels = None
     if args.labels not in LABELS:
         labels = read_labels(args.labels, args.num_fid_samples, plan.num_classes).to(world.device)
-    vae = args.vae or plan.vae
-    vae_path = vae
-    if vae not in ("ema", "mse"):
-        vae_path = (
-            flag_path("--vae", vae) if args.vae else find_file(vae, plan.path, "vae", folder=True)
-        )
+    prompts = encoder = None
+    if plan.captioned:
+        prompts = read_prompts(args.prompts, args.images_per_prompt)
+        text, text_path = network_of(plan, "text_encoder", args.text_encoder)
+        encoder = load_text_encoder(text_path, MAX_TOKENS, world.device, dtype, recorded=text)
+        encoder.check_plan(plan)
+    number = args.num_fid_samples if prompts is None else len(prompts)
+    vae, vae_path = network_of(plan, "vae", args.vae)
 
     # Model
     checkpoint = args.graft_fusion_ckpt_path
@@ -107,33 +119,44 @@ def main(args: argparse.Namespace) -> None:
         "vae_sha256": codec.sha256,
         "precision": str(dtype).removeprefix("torch."),
         "fp8": args.fp8,
-        "num_samples": args.num_fid_samples,
+        "num_samples": number,
     }
+    if prompts is not None:
+        settings |= {"labels": None, **prompts.settings(encoder)}
     distributed.decide(world, lambda: describe_run(folder, settings, complete=False))
+
+    def file_of(image: int) -> Path:
+        return prompts.file_of(folder, image) if prompts else folder / f"{image:06d}.png"
 
     # The images that are not there yet, shared out evenly
     def absent() -> list[int]:
-        there = {file.name for file in folder.iterdir()}
-        return [i for i in range(args.num_fid_samples) if f"{i:06d}.png" not in there]
+        return [i for i in range(number) if not file_of(i).is_file()]
 
     missing = distributed.decide(world, absent)[world.rank :: world.size]
     batches = torch.tensor(missing, dtype=torch.int64).split(args.per_proc_batch_size)
     batches = batches if missing else ()
     if world.main:
         origin = report.lines() if checkpoint is None else [f"all tensors of {checkpoint}"]
-        extent = f"{plan.describe()}: {args.num_fid_samples} images to {folder}"
+        extent = f"{plan.describe()}: {number} images to {folder}"
         print("\n".join([*origin, *paths, extent]))
+    if prompts is not None:
+        cut = prompts.too_long(encoder) if world.main else 0
+        if cut:
+            print(f"prompts cut at {encoder.max_tokens} tokens: {cut}")
+        if world.main:
+            prompts.write_metadata(folder)
+        prompts.embed(encoder, missing)
+        del encoder
 
     def guided(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """One guided evaluation: x [B,C,H,W], t [B], labels y [B] -> [B,2C,H,W]."""
         with precision.autocast(world.device, dtype):
             if args.cfg_scale == 1.0:
                 return model(x, t, y).float()
-            null = torch.full_like(y, plan.num_classes)
             both = model.forward_with_cfg(
                 torch.cat([x, x]),
                 torch.cat([t, t]),
-                torch.cat([y, null]),
+                y.guided() if prompts else torch.cat([y, torch.full_like(y, plan.num_classes)]),
                 args.cfg_scale,
                 cfg_channels=args.cfg_channels,
             )
@@ -145,11 +168,13 @@ def main(args: argparse.Namespace) -> None:
     with ThreadPoolExecutor(max_workers=args.num_workers) as writers:
         pending = []
         for index in tqdm(batches, disable=not watched(world), unit="batch"):
-            number = len(index)
+            count = len(index)
             index = index.to(world.device)
             if len(batches) > 1:  # a short last batch is filled up: the graph has one size
-                index = index[torch.arange(args.per_proc_batch_size) % number]
-            if labels is not None:
+                index = index[torch.arange(args.per_proc_batch_size) % count]
+            if prompts is not None:
+                y = prompts.conditions(index)
+            elif labels is not None:
                 y = labels[index]
             elif args.labels == "balanced":
                 y = index % plan.num_classes
@@ -163,9 +188,9 @@ def main(args: argparse.Namespace) -> None:
                 start=noise.normal(seed, noise.START, index, shape),
                 step_noise=lambda k, i=index: step_normal(seed, noise.STEP, i, shape, step=k),
             )
-            images = codec.decode(latents[:number]).cpu().numpy()  # [B,H,W,3] uint8
-            for i, image in zip(index[:number].tolist(), images, strict=True):
-                pending.append(writers.submit(save_png, folder / f"{i:06d}.png", image))
+            images = codec.decode(latents[:count]).cpu().numpy()  # [B,H,W,3] uint8
+            for i, image in zip(index[:count].tolist(), images, strict=True):
+                pending.append(writers.submit(save_png, file_of(i), image))
             while len(pending) > 4 * args.per_proc_batch_size:
                 pending.pop(0).result()
         for task in pending:
@@ -174,10 +199,10 @@ def main(args: argparse.Namespace) -> None:
 
     # One process gathers
     if world.main:
-        files = [folder / f"{i:06d}.png" for i in range(args.num_fid_samples)]
+        files = [file_of(i) for i in range(number)]
         made = [str(folder), f"{folder}-grid.png"]
         save_grid(Path(made[1]), files[: args.grid])
-        if args.npz:
+        if args.npz and prompts is None:
             made.append(f"{folder}.npz")
             save_npz(Path(made[2]), files, args.num_workers)
         describe_run(folder, settings, complete=True)
@@ -221,6 +246,21 @@ def read_labels(path: str, count: int, num_classes: int) -> torch.Tensor:
     return torch.from_numpy(labels.astype(np.int64))
 
 
+def settle_sampler(args: argparse.Namespace, plan: GraftPlan) -> None:
+    """Gives unset flags the defaults of the plan's model; ValueError for what it does not take."""
+    for flag, value in (DEFAULTS_PIXART if plan.captioned else DEFAULTS_DIT).items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, value)
+    if not 2 <= args.num_sampling_steps <= 1000:
+        raise ValueError(f"--num-sampling-steps {args.num_sampling_steps}: use 2 to 1000")
+    if plan.captioned and args.prompts is None:
+        raise ValueError(f"{plan.model_name} is told what to draw by --prompts: name a file")
+    if plan.captioned and args.cfg_channels != "all":
+        raise ValueError(f"--cfg-channels {args.cfg_channels}: {plan.model_name} is guided on all")
+    if not plan.captioned and args.prompts is not None:
+        raise ValueError(f"--prompts {args.prompts}: {plan.model_name} is told classes; drop it")
+
+
 def default_name(args: argparse.Namespace, model_name: str, checkpoint: str | None) -> str:
     """A folder name that tells runs apart: model, run and step, sampler, guidance, seed."""
     source = Path(args.config_filepath or "plain").stem
@@ -228,6 +268,8 @@ def default_name(args: argparse.Namespace, model_name: str, checkpoint: str | No
         path = Path(checkpoint).resolve()
         run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
         source = f"{run.name}_{path.stem}"
+    if args.prompts is not None:
+        source = f"{source}-{Path(args.prompts).stem}"
     name = (
         f"{model_name}-{source}-{args.sampler}{args.num_sampling_steps}"
         f"-cfg-{args.cfg_scale}-seed-{args.global_seed}"
@@ -251,7 +293,8 @@ def parse_args() -> argparse.Namespace:
     add("--model", help="preset, such as DiT-XL/2; must agree with the YAML when both are given")
     add("--image-size", type=arguments.positive, help="pixels; as the YAML (256 without one)")
     add("--num-classes", type=arguments.positive, help="as the YAML (1000 without one)")
-    add("--vae", help="ema, mse or a folder (unset: the YAML's, and ema without one)")
+    add("--vae", help="ema, mse, sdxl or a folder (unset: the YAML's, or the model's)")
+    add("--text-encoder", help="of prompts: t5 or a folder (unset: the YAML's, and t5 without one)")
     add(
         "--allow-untrained",
         action="store_true",
@@ -268,6 +311,8 @@ def parse_args() -> argparse.Namespace:
         help="classes drawn, i mod n, or from a file: one a line, or a .npy; more than images is "
         "fine",
     )
+    add("--prompts", help="for PixArt: .txt of one prompt a line, or .jsonl of GenEval's kind")
+    add("--images-per-prompt", type=arguments.positive, default=4, help="with --prompts")
     add("--global-seed", type=arguments.seed, default=0, help="labels and noise follow from it")
     add("--grid", type=arguments.positive, default=64, help="images in the grid picture")
     add(
@@ -277,10 +322,14 @@ def parse_args() -> argparse.Namespace:
         help="pack the images as .npz too, of 0.2 MB each at 256 px",
     )
     add = parser.add_argument_group("sampler").add_argument
-    add("--sampler", choices=("ddpm", "ddim", "dpm++"), default="ddpm", help="the papers': ddpm")
-    add("--num-sampling-steps", type=arguments.positive, default=250, help="2 to 1000")
-    add("--cfg-scale", type=arguments.guidance, default=1.5, help="guidance; 1 is none")
-    add("--cfg-channels", type=cfg_channels, default=3, help="guided latent channels: 3 or all")
+    add("--sampler", choices=("ddpm", "ddim", "dpm++"), help="(unset: ddpm; PixArt: dpm++)")
+    add("--num-sampling-steps", type=arguments.positive, help="2 to 1000 (unset: 250; PixArt: 20)")
+    add("--cfg-scale", type=arguments.guidance, help="1 is no guidance (unset: 1.5; PixArt: 4.5)")
+    add(
+        "--cfg-channels",
+        type=cfg_channels,
+        help="guided: 3 or all (unset: 3; PixArt: all)",
+    )
     add = arguments.add_machine(parser)
     add("--per-proc-batch-size", type=arguments.positive, default=32, help="images at a time")
     add("--fp8", action="store_true", help="8-bit products in the blocks; faster, less exact")

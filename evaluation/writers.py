@@ -20,6 +20,7 @@ IDENTIFIED_BY = {
     "checkpoint": "checkpoint_sha256",
     "vae": "vae_sha256",
     "labels": "labels_sha256",
+    "text_encoder": "text_encoder_sha256",
 }
 PACKED = 64  # images that go into an .npz at once
 

@@ -5,13 +5,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from diffusion import noise
 from models.files import file_sha256, read_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-HUB_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+HUB_NAMES = {
+    "ema": "stabilityai/sd-vae-ft-ema",
+    "mse": "stabilityai/sd-vae-ft-mse",
+    "sdxl": "stabilityai/sdxl-vae",
+}
 PUBLISHED_SCALE = 0.18215
+SCALES = {"ema": PUBLISHED_SCALE, "mse": PUBLISHED_SCALE, "sdxl": 0.13025}
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 # Pixels that pass the network at once: bounds its memory whatever batch the caller holds. It is a
 # constant because another split of a batch may round differently.
@@ -24,10 +31,11 @@ class Codec:
     """A frozen AutoencoderKL (latent diffusion, arXiv 2112.10752).
 
     Attributes:
-        scale: latents are multiplied by it for the diffusion model (0.18215 for sd-vae-ft-*).
+        scale: latents are multiplied by it for the diffusion model (0.18215 for sd-vae-ft-*,
+            0.13025 for the VAE of SDXL).
         downsample: pixels of a latent's side (8 for sd-vae-ft-*, 4 for the miniature VAE).
         channels: C of the latents.
-        id: the VAE as it was asked for: "ema", "mse" or a folder, as the user wrote it.
+        id: the VAE as it was asked for: "ema", "mse", "sdxl" or a folder, as the user wrote it.
         sha256: of the weight file.
         images: how many images the network always takes at once, a short batch being filled up;
             None where it takes any number.
@@ -110,14 +118,40 @@ def _images_a_pass(height: int, width: int) -> int:
     return max(1, PASS_PIXELS // (height * width))
 
 
+def encode_rows(
+    codec: Codec, images: torch.Tensor, places: torch.Tensor, mirrors: int, sample_seed: int | None
+) -> np.ndarray:
+    """Rows of a latent store, float16 [b, mirrors, 2C, h, w].
+
+    Args:
+        images: uint8 [b, 3, S, S]; places: theirs in the listing, int64 [b].
+        mirrors: 1, or 2 for the mirror image too.
+        sample_seed: of one scaled draw from each posterior, [b, mirrors, C, h, w] then; None keeps
+            the moments.
+    """
+    x = images.to(codec.device, non_blocking=True).float() / 127.5 - 1
+    views = [x, x.flip(3)][:mirrors]
+    moments = codec.encode(torch.cat(views))  # [mirrors*b, 2C, h, w]
+    moments = moments.unflatten(0, (len(views), len(x))).transpose(0, 1)  # [b, mirrors, 2C, h, w]
+    if sample_seed is not None:
+        mean, logvar = moments.chunk(2, dim=2)
+        index = places.to(codec.device)
+        draws = [
+            noise.normal(sample_seed, noise.POSTERIOR, index, mean.shape[2:], step=mirror)
+            for mirror in range(len(views))
+        ]
+        moments = (mean + torch.exp(0.5 * logvar) * torch.stack(draws, dim=1)) * codec.scale
+    return moments.to(torch.float16).cpu().numpy()
+
+
 def scale_of(vae: str | Path) -> float:
-    """The factor of a VAE's latents, without its weights: "ema", "mse", or a folder.
+    """The factor of a VAE's latents, without its weights: a name of HUB_NAMES, or a folder.
 
     Raises:
         FileNotFoundError, ValueError: the folder's config.json is missing or damaged.
     """
     if vae in HUB_NAMES:
-        return PUBLISHED_SCALE
+        return SCALES[vae]
     path = Path(vae) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(
@@ -139,8 +173,9 @@ def load_codec(
     """Opens a VAE for inference.
 
     Args:
-        vae: "ema" or "mse" (stabilityai/sd-vae-ft-*: the folder pretrained/sd-vae-ft-<vae> where it
-            exists, else the hub), or a folder that diffusers' AutoencoderKL.save_pretrained wrote.
+        vae: "ema", "mse" (stabilityai/sd-vae-ft-*) or "sdxl" (stabilityai/sdxl-vae): the folder of
+            that name in pretrained/ where it exists, else the hub; or a folder that diffusers'
+            AutoencoderKL.save_pretrained wrote.
         dtype: what the convolutions compute in (autocast); the weights stay float32.
         name: recorded as `Codec.id` where `vae` is a path that was resolved; None records `vae`.
 
@@ -209,14 +244,29 @@ def _read_model(folder: Path, vae: str) -> torch.nn.Module:
 
 
 def _find_folder(vae: str) -> Path:
-    if vae not in HUB_NAMES:
-        folder = Path(vae)
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"VAE {vae}: no such folder; use ema, mse or a diffusers AutoencoderKL folder"
-            )
-        return folder
-    local = Path("pretrained") / f"sd-vae-ft-{vae}"
+    if vae in HUB_NAMES:
+        return published_folder(f"VAE {vae}", HUB_NAMES[vae], [CONFIG, WEIGHTS])
+    folder = Path(vae)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"VAE {vae}: no such folder; use {', '.join(HUB_NAMES)} or a diffusers AutoencoderKL "
+            "folder"
+        )
+    return folder
+
+
+def published_folder(what: str, repo: str, files: list[str]) -> Path:
+    """The folder pretrained/<name> of a published model, or where the hub's client keeps it.
+
+    Args:
+        what: for messages.
+        repo: <organisation>/<name>.
+        files: patterns of those that are wanted.
+
+    Raises:
+        FileNotFoundError: neither is there; says what belongs where.
+    """
+    local = Path("pretrained") / repo.rpartition("/")[2]
     for folder in (local, REPOSITORY / local):
         if folder.is_dir():
             return folder
@@ -224,9 +274,9 @@ def _find_folder(vae: str) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(HUB_NAMES[vae], allow_patterns=[CONFIG, WEIGHTS]))
+        return Path(snapshot_download(repo, allow_patterns=files))
     except (OSError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
-            f"VAE {vae}: {local} does not exist and {HUB_NAMES[vae]} cannot be downloaded "
-            f"({type(error).__name__}); put its {CONFIG} and {WEIGHTS} into {local}"
+            f"{what}: {local} does not exist and {repo} cannot be downloaded "
+            f"({type(error).__name__}); put its {' and '.join(files)} into {local}"
         ) from error

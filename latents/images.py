@@ -3,6 +3,7 @@
 import hashlib
 import os
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,60 @@ class LabelledImages(torch.utils.data.Dataset):
         return digest.hexdigest()
 
 
+class CaptionedImages(LabelledImages):
+    """Pictures anywhere below root, each with a caption; a label is a place among the texts.
+
+    Attributes:
+        texts: every caption once, in the order of the pictures; the first is the empty one.
+        unused: captions of pictures that are not there. class_names: none.
+
+    Args:
+        captions: picture, by its path below root, -> caption.
+        source: names the captions, for messages.
+
+    Raises:
+        FileNotFoundError: root is missing or has no picture.
+        ValueError: pictures without a caption.
+    """
+
+    def __init__(self, root: str | Path, size: int, captions: Mapping[str, str], source: str):
+        self.root, self.size, self.class_names = Path(root), size, []
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"image folder {root} does not exist; check --data-path")
+        self.paths = sorted(
+            Path(folder, file).relative_to(self.root).as_posix()
+            for folder, _, files in os.walk(self.root, followlinks=True)
+            for file in files
+            if file.lower().endswith(SUFFIXES)
+        )
+        if not self.paths:
+            raise FileNotFoundError(
+                f"image folder {root} has no picture; it needs files that end in "
+                f"{', '.join(SUFFIXES)}"
+            )
+        missing = [path for path in self.paths if path not in captions]
+        if missing:
+            named = ", ".join(missing[:4])
+            more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+            raise ValueError(
+                f"{source}: {len(missing)} of the {len(self.paths)} pictures of {root} have no "
+                f"caption: {named}{more}; add rows with their file_name, or move them away"
+            )
+        self.unused = len(captions) - len(self.paths)
+        places = {text: i for i, text in enumerate(dict.fromkeys(["", *self._captions(captions)]))}
+        self.texts = list(places)
+        self.labels = np.array([places[text] for text in self._captions(captions)], dtype=np.int64)
+
+    def _captions(self, captions: Mapping[str, str]) -> list[str]:
+        return [captions[path] for path in self.paths]
+
+    def listing_sha256(self) -> str:
+        """As of labelled images, with the texts."""
+        digest = hashlib.sha256(super().listing_sha256().encode())
+        digest.update("\n".join(self.texts).encode())
+        return digest.hexdigest()
+
+
 def collate(items: list[Item]) -> tuple[torch.Tensor, np.ndarray, torch.Tensor, list[str]]:
     """Items to images uint8 [b, 3, S, S], labels [b], places in the listing [b], and the errors.
 
@@ -122,3 +177,10 @@ def collate(items: list[Item]) -> tuple[torch.Tensor, np.ndarray, torch.Tensor, 
     labels = np.array([label for _, label, _ in whole], dtype=np.int64)
     places = torch.tensor([place for _, _, place in whole], dtype=torch.int64)
     return images, labels, places, errors
+
+
+def usable_cpus() -> int:
+    """Cores that this process may use; where the system does not say, all."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -14,10 +14,12 @@ import torch
 
 from diffusion.noise import philox
 from latents.store import LatentStore
+from models.captions import Captions
 
 if TYPE_CHECKING:
     from training.distributed import World
 
+Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor | Captions]  # index, moments, labels
 ORDER = 0  # Philox key word of the data order; the streams of diffusion.noise start at 1
 
 
@@ -61,14 +63,15 @@ class Batch:
     Attributes:
         step: global step, counted from the run's beginning. epoch: passes over the data before it.
         index: places in the store, int64 [b].
-        moments: as LatentStore.read gives them, [b, mirrors, ...]. labels: int64 [b].
+        moments: as LatentStore.read gives them, [b, mirrors, ...].
+        labels: what the model is told of them: classes int64 [b], or captions.
     """
 
     step: int
     epoch: int
     index: torch.Tensor
     moments: torch.Tensor
-    labels: torch.Tensor
+    labels: torch.Tensor | Captions
 
 
 class LatentLoader:
@@ -160,14 +163,14 @@ class LatentLoader:
         first = k * self.global_batch + self.world.rank * share
         return self._order(epoch)[first : first + share]
 
-    def _read(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _read(self, step: int) -> Parts:
         index = self.indices(step)
-        parts = index, self.store.read(index), torch.from_numpy(self.store.labels[index.numpy()])
+        parts = index, self.store.read(index), self.store.conditions(index)
         if self.world.device.type == "cuda":
             parts = tuple(part.pin_memory() for part in parts)
         return parts
 
-    def _batch(self, step: int, parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> Batch:
+    def _batch(self, step: int, parts: Parts) -> Batch:
         index, moments, labels = (p.to(self.world.device, non_blocking=True) for p in parts)
         return Batch(step, step // self.steps_per_epoch, index, moments, labels)
 

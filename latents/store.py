@@ -6,6 +6,7 @@
     <store>/shards/00000-moments.npy float16 [n, mirrors, 2C, h, w]: mean, logvar; unscaled
     <store>/shards/00000-labels.npy  int64 [n]
 
+With --captions, labels are places in the table of captions/ (latents/captions.py).
 A store of kind "sample" holds <number>-latents.npy [n, mirrors, C, h, w] instead: latents already
 drawn and scaled. So does the old layout of one file an image, imagenet<size>_features/<i>.npy
 [mirrors, C, h, w] with imagenet<size>_labels/<i>.npy, which opens through the same class. Its
@@ -13,8 +14,6 @@ labels are read once and kept in imagenet<size>_labels.cache.npy, which may be d
 """
 
 import contextlib
-import hashlib
-import json
 import logging
 import math
 import os
@@ -27,20 +26,33 @@ import numpy as np
 import torch
 
 from diffusion import noise
+from latents.captions import FOLDER, CaptionTable, open_captions
 from latents.codec import HUB_NAMES, PUBLISHED_SCALE, scale_of
+from latents.shards import (
+    FILE,
+    SIZE,
+    VERSION,
+    ShardWriter,
+    check_record,
+    fault_of,
+    file_inside,
+    load_array,
+    save_array,
+    short,
+)
+from latents.text import encoder_sha256, local_text_encoder
+from models.captions import Captions
 from models.config_files import places
-from models.files import file_sha256, read_json, write_json, write_whole
+from models.files import file_sha256, read_json, write_whole
 from models.graft_plan import GraftPlan
+from models.presets import PRESETS
 
-FORMAT, VERSION = "latent-store", 1
+FORMAT = "latent-store"
 ARRAY_NAMES = {"moments": "moments", "sample": "latents"}  # kind -> what its arrays are called
 OLD_SCALE = PUBLISHED_SCALE  # the old layout was only ever written with the sd-vae-ft-* VAEs
 FLAGS = Path("flags")  # the path of a plan that no YAML holds
-PLAIN_NAME = re.compile(r"(?:[\w-][\w.-]{0,99}/){0,9}[\w-][\w.-]{0,99}", re.ASCII)
 OLD_PART = 1024  # files that `verify` takes together, as it takes a shard
 OLD_NAME = re.compile(r"imagenet\d+_features")
-SIZE = range(2**48)
-FILE = {"file": str, "bytes": SIZE, "sha256": str}  # of a shard
 # What a manifest must hold beside its format: one of some values, a whole number, or a type
 MANIFEST = {
     "version": range(1, 2**31),
@@ -63,85 +75,14 @@ MANIFEST = {
 log = logging.getLogger(__name__)
 
 
-def _save_array(path: Path, array: np.ndarray) -> None:
-    """As numpy.save, but for the error of a full disk, which keeps its reason."""
-    with open(path, "wb") as file:
-        array = np.ascontiguousarray(array)
-        header = np.lib.format.header_data_from_array_1_0(array)
-        np.lib.format.write_array_header_1_0(file, header)
-        file.write(array.reshape(-1).view(np.uint8).data)
+class StoreWriter(ShardWriter):
+    """Writes the latents of a picture listing.
 
-
-class StoreWriter:
-    """Writes a store shard by shard, in any order, from any number of processes.
-
-    Shard k holds the pictures `shard_size * k` and on of the listing, so its bytes depend neither
-    on who writes it nor on when. A restarted extraction asks `missing` what is left to do.
-
-    Args:
-        folder: the store; made when missing.
-        settings: plain data that goes into the manifest: kind, count (pictures listed), shard_size,
-            shape [C, h, w], dtype, mirrors, vae, vae_sha256, scale, image_size, crop, class_names,
-            and whatever else the bytes depend on.
-
-    Raises:
-        ValueError: the folder holds shards that other settings made.
+    settings: count (pictures listed), shard_size, kind, shape [C, h, w], dtype, mirrors, vae,
+    vae_sha256, scale, image_size, crop, class_names, and whatever else the bytes depend on.
     """
 
-    def __init__(self, folder: str | Path, settings: dict) -> None:
-        self.folder, self.settings = Path(folder), settings
-        self.shards = self.folder / "shards"
-        self.num_shards = -(-settings["count"] // settings["shard_size"])
-        # The VAE's name may change (another mount); its hash may not.
-        same = {key: value for key, value in settings.items() if key != "vae"}
-        self._fingerprint = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
-        self._check_settings(same)
-
-    def _check_settings(self, same: dict) -> None:
-        path = self.folder / "settings.json"
-        if not path.is_file():
-            return
-        before = read_json(path, "delete it; shards that fit the new settings are kept")
-        for key, value in same.items():
-            if before.get(key) != value:
-                raise ValueError(
-                    f"{path}: {key} was {_short(before.get(key))} and is now {_short(value)}; "
-                    "choose another --features-path or delete this folder"
-                )
-
-    def begin(self, missing: list[int]) -> None:
-        """Makes the folder ready; one process, before any shard is written.
-
-        A manifest that vouches for the `missing` shards is taken back.
-        """
-        self.shards.mkdir(parents=True, exist_ok=True)
-        if missing:
-            (self.folder / "manifest.json").unlink(missing_ok=True)
-        write_json(self.folder / "settings.json", self.settings)
-
-    def rows(self, shard: int) -> range:
-        """The places in the picture listing that a shard holds."""
-        size = self.settings["shard_size"]
-        return range(shard * size, min((shard + 1) * size, self.settings["count"]))
-
-    def missing(self, shards: Iterable[int]) -> list[int]:
-        """Those of `shards` that are not there, or not as their record says (size and sha256)."""
-        return [shard for shard in shards if not self._is_whole(shard)]
-
-    def _record_path(self, shard: int) -> Path:
-        return self.shards / f"{shard:05d}.json"
-
-    def _is_whole(self, shard: int) -> bool:
-        path = self._record_path(shard)
-        if not path.is_file():
-            return False
-        try:
-            record = read_json(path, "its shard is encoded again")
-        except ValueError:
-            return False
-        if record.pop("settings_sha256", None) != self._fingerprint:
-            return False
-        return _fault(self.folder, record, contents=True) is None
+    format = FORMAT
 
     def write_shard(
         self, shard: int, arrays: np.ndarray, labels: np.ndarray, skipped: list[str]
@@ -165,85 +106,21 @@ class StoreWriter:
                 f"shard {shard}: the VAE's output does not fit {arrays.dtype} (infinite or NaN); "
                 "rerun with --precision fp32"
             )
-        self._record_path(shard).unlink(missing_ok=True)
-        record: dict = {"count": len(labels), "skipped": skipped}
-        for name, array in (
-            (ARRAY_NAMES[self.settings["kind"]], arrays),
-            ("labels", labels.astype(np.int64)),
-        ):
-            path = self.shards / f"{shard:05d}-{name}.npy"
-            write_whole(path, lambda partial, array=array: _save_array(partial, array))
-            record[name] = {
-                "file": path.relative_to(self.folder).as_posix(),
-                "bytes": path.stat().st_size,
-                "sha256": file_sha256(path),
-            }
-        record["settings_sha256"] = self._fingerprint
-        write_json(self._record_path(shard), record)
-
-    def finish(self) -> dict:
-        """Writes and returns the manifest; one process, once every shard is there.
-
-        Raises ValueError when a shard is not, or when not one picture could be read.
-        """
-        records, skipped = [], []
-        for shard in range(self.num_shards):
-            path = self._record_path(shard)
-            if not path.is_file():
-                raise ValueError(f"{path} is missing: unfinished extraction, rerun it")
-            record = read_json(path, "rerun extract_features.py")
-            record.pop("settings_sha256")
-            skipped += record.pop("skipped")
-            records.append(record)
-        count = sum(record["count"] for record in records)
-        if count == 0:
-            raise ValueError(f"{self.folder}: none of the {len(skipped)} pictures could be read")
-        manifest = {"format": FORMAT, "version": VERSION, **self.settings, "count": count}
-        manifest |= {"skipped": skipped, "shards": records}
-        write_json(self.folder / "manifest.json", manifest)
-        return manifest
+        name = ARRAY_NAMES[self.settings["kind"]]
+        parts = {name: arrays, "labels": labels.astype(np.int64)}
+        self.write_parts(shard, parts, count=len(labels), skipped=skipped)
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _inside(folder: Path, name: str, source: Path) -> Path:
-    """A file that a manifest names; ValueError when it lies outside the store."""
-    path = folder / name
-    plain = PLAIN_NAME.fullmatch(name)
-    if not plain or not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(
-            f"{source}: file {_short(name)} lies outside the store or has an odd name; paths must "
-            "stay inside and be of letters, digits and . _ -"
-        )
-    return path
-
-
-def _fault(folder: Path, record: dict, contents: bool) -> str | None:
-    """What is wrong with a shard's files, or None; `contents` also checks their sha256."""
-    for part in record.values():
-        if not isinstance(part, dict):
-            continue
-        path = _inside(folder, part["file"], folder)
-        if not path.is_file():
-            return f"{path} is missing"
-        size = path.stat().st_size
-        if size != part["bytes"]:
-            return f"{path} has {size} bytes, its record says {part['bytes']}"
-        if contents and file_sha256(path) != part["sha256"]:
-            return f"{path} differs from its sha256 {part['sha256'][:12]}"
-    return None
-
-
-def _load_array(path: Path, mmap_mode: str | None = None) -> np.ndarray:
-    try:
-        return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(
-            f"{path} cannot be read as a .npy array ({error}): extract the features again"
-        ) from error
+def joined(
+    arrays: list[np.ndarray], labels: list[np.ndarray], settings: dict
+) -> tuple[np.ndarray, np.ndarray]:
+    """A shard's batches as one array; of no rows when none of its pictures could be read."""
+    if arrays:
+        return np.concatenate(arrays), np.concatenate(labels)
+    channels, h, w = settings["shape"]
+    channels *= 2 if settings["kind"] == "moments" else 1
+    empty = np.empty((0, settings["mirrors"], channels, h, w), settings["dtype"])
+    return empty, np.empty(0, dtype=np.int64)
 
 
 class _Shards:
@@ -260,14 +137,14 @@ class _Shards:
         counts = [record["count"] for record in self._records]
         self._ends = np.cumsum(counts)
         for record in self._records:
-            fault = _fault(folder, record, contents=False)
+            fault = fault_of(folder, record, contents=False)
             if fault is not None:
                 raise ValueError(f"{fault}: rerun extract_features.py to repair {folder}")
         self.labels = np.concatenate([self._shard_labels(record) for record in self._records])
 
     def _shard_labels(self, record: dict) -> np.ndarray:
         path = self._folder / record["labels"]["file"]
-        labels = _load_array(path)
+        labels = load_array(path)
         if labels.shape != (record["count"],) or labels.dtype != np.int64:
             raise ValueError(
                 f"{path} holds {labels.dtype} {list(labels.shape)}, not int64 [{record['count']}]: "
@@ -279,7 +156,7 @@ class _Shards:
         if shard not in self._maps:
             record = self._records[shard]
             path = self._folder / record[self._name]["file"]
-            rows = _load_array(path, mmap_mode="r")
+            rows = load_array(path, mmap_mode="r")
             if rows.shape != (record["count"], *self._row) or rows.dtype != self._dtype:
                 raise ValueError(
                     f"{path} holds {rows.dtype} {list(rows.shape)}, not {self._dtype} "
@@ -303,7 +180,7 @@ class _Shards:
 
     def verify(self, shards: Iterable[int]) -> None:
         for shard in shards:
-            fault = _fault(self._folder, self._records[shard], contents=True)
+            fault = fault_of(self._folder, self._records[shard], contents=True)
             if fault is not None:
                 raise ValueError(f"{fault}: rerun extract_features.py to repair {self._folder}")
 
@@ -322,7 +199,7 @@ class _OldFiles:
         if odd is not None:
             raise ValueError(f"{features / odd}.npy: the old layout's files are named 0.npy, 1.npy")
         self._numbers = np.sort(np.array(stems, dtype=np.int64))
-        first = _load_array(features / f"{self._numbers[0]}.npy")
+        first = load_array(features / f"{self._numbers[0]}.npy")
         if first.ndim != 4 or first.shape[0] not in (1, 2):
             raise ValueError(
                 f"{features}/{self._numbers[0]}.npy is {list(first.shape)}, not "
@@ -339,7 +216,7 @@ class _OldFiles:
         changes = [entry.stat().st_mtime_ns for entry in os.scandir(folder)]
         head = np.array([len(changes), max(changes, default=0), *numbers], dtype=np.int64)
         with contextlib.suppress(ValueError):  # no cache, or a damaged one: it is made (again)
-            kept = _load_array(cache)
+            kept = load_array(cache)
             if kept.shape == (len(head) + len(numbers),) and (kept[: len(head)] == head).all():
                 return kept[len(head) :]
         chunks = np.array_split(numbers, -(-len(numbers) // 1000))
@@ -347,7 +224,7 @@ class _OldFiles:
             labels = np.concatenate(list(pool.map(self._labels_of, chunks)))
         try:
             whole = np.concatenate([head, labels])
-            write_whole(cache, lambda partial: _save_array(partial, whole), durable=False)
+            write_whole(cache, lambda partial: save_array(partial, whole), durable=False)
         except OSError as error:
             log.warning(
                 "%s cannot be written (%s): the labels are read file by file at every start",
@@ -358,13 +235,13 @@ class _OldFiles:
 
     def _labels_of(self, numbers: np.ndarray) -> np.ndarray:
         files = (self._label_folder / f"{number}.npy" for number in numbers)
-        return np.array([int(_load_array(file).reshape(-1)[0]) for file in files], dtype=np.int64)
+        return np.array([int(load_array(file).reshape(-1)[0]) for file in files], dtype=np.int64)
 
     def gather(self, indices: np.ndarray) -> np.ndarray:
         out = np.empty((len(indices), *self.row), self.dtype)
         for i, number in enumerate(self._numbers[indices]):
             path = self._features / f"{number}.npy"
-            array = _load_array(path)
+            array = load_array(path)
             if array.shape != self.row:
                 raise ValueError(
                     f"{path} is {list(array.shape)}, the first file {list(self.row)}: extract the "
@@ -390,13 +267,19 @@ class LatentStore:
         shape: (C, h, w) of one image's latents. scale: what makes unscaled latents unit-sized.
         num_mirrors: 1, or 2 when the mirror image is stored too.
         labels: int64 [N]. num_classes: every label is below it. class_names: [] in the old layout.
+        captions: what the labels are places in, of a store made with --captions; else None.
         manifest: the manifest as read; of the old layout, what can be told of it.
     """
 
     def __init__(
-        self, path: Path, manifest: dict, rows: _Shards | _OldFiles, num_classes: int | None
+        self,
+        path: Path,
+        manifest: dict,
+        rows: _Shards | _OldFiles,
+        num_classes: int | None,
+        captions: CaptionTable | None = None,
     ) -> None:
-        self.path, self.manifest, self._rows = path, manifest, rows
+        self.path, self.manifest, self._rows, self.captions = path, manifest, rows, captions
         self.kind: str = manifest["kind"]
         self.shape = tuple(manifest["shape"])
         self.scale = float(manifest["scale"])
@@ -404,6 +287,8 @@ class LatentStore:
         self.class_names: list[str] = manifest["class_names"]
         self.labels = rows.labels
         low, high = int(self.labels.min()), int(self.labels.max())
+        if captions is not None:
+            num_classes = len(captions)
         if num_classes is None:
             num_classes = max(len(self.class_names), high + 1)
         self.num_classes = num_classes
@@ -427,11 +312,13 @@ class LatentStore:
             )
 
     def check_plan(self, plan: GraftPlan) -> None:
-        """ValueError unless a plan's model can train on these latents: their shape and their scale.
+        """ValueError unless a plan's model can train on these latents: their shape, their scale,
+        and the classes or captions with them.
 
         The scale is that of the plan's VAE. It is not compared where that VAE is a folder that is
         not here, nor for a model from scratch of which no YAML names a VAE.
         """
+        self._check_condition(plan)
         side = plan.input_size
         self.check_shape((4, side, side), f"{plan.model_name} of {plan.path}")
         vae = plan.vae
@@ -456,16 +343,61 @@ class LatentStore:
                 "name the other in the YAML's sample_config (vae)"
             )
 
+    def _check_condition(self, plan: GraftPlan) -> None:
+        """The part of `check_plan` on what the model is told."""
+        model = f"{plan.model_name} of {plan.path}"
+        if not plan.captioned:
+            if self.captions is not None:
+                raise ValueError(f"{self.path} holds captions, {model} is told classes")
+            return
+        if self.captions is None:
+            raise ValueError(
+                f"{self.path} holds no captions, {model} is told such: extract again with "
+                "--captions"
+            )
+        held, width = self.captions.manifest, PRESETS[plan.model_name]["caption_channels"]
+        name = plan.text_encoder
+        if self.captions.width != width:
+            raise ValueError(
+                f"{self.path} holds embeddings of text encoder {held['text_encoder']}, "
+                f"{self.captions.width} wide; {model} takes {width}: extract again with its "
+                "--text-encoder"
+            )
+        found = local_text_encoder(name, plan.path)
+        if found is None:
+            log.warning(
+                "text encoder %s of %s is not here: whether %s was made with it is not checked",
+                name,
+                plan.path,
+                self.path,
+            )
+        elif encoder_sha256(found) != held["text_encoder_sha256"]:
+            raise ValueError(
+                f"{self.path} holds embeddings of text encoder {held['text_encoder']}, which is "
+                f"not {name} of {plan.path} (their hashes differ): extract again with that, or "
+                "name the other in the YAML's sample_config (text_encoder)"
+            )
+
+    def conditions(self, indices: torch.Tensor) -> torch.Tensor | Captions:
+        """What a model is told of rows `indices` [B], on the CPU: classes [B], or captions."""
+        labels = self.labels[np.asarray(indices, dtype=np.int64)]
+        return torch.from_numpy(labels) if self.captions is None else self.captions.read(labels)
+
     def verify(self, first: int = 0, step: int = 1) -> None:
         """Reads every file and checks it against its sha256; ValueError names what differs.
 
         Of the shards only number `first` and every `step`-th from there, one process's share.
         """
         self._rows.verify(range(first, len(self._rows), step))
+        if self.captions is not None:
+            self.captions.verify(range(first, self.captions.num_shards, step))
 
     def verify_one(self, *chance: int) -> None:
-        """As `verify`, one shard that follows from the numbers `chance`."""
-        self._rows.verify([int(np.random.default_rng(chance).integers(len(self._rows)))])
+        """As `verify`, one shard that follows from the numbers `chance`; one of captions too."""
+        draw = np.random.default_rng(chance)
+        self._rows.verify([int(draw.integers(len(self._rows)))])
+        if self.captions is not None:
+            self.captions.verify([int(draw.integers(self.captions.num_shards))])
 
     def read(self, indices: torch.Tensor) -> torch.Tensor:
         """Rows of the store as they are stored, on the CPU.
@@ -523,7 +455,13 @@ def open_latents(path: str | Path, *, num_classes: int | None = None) -> LatentS
         )
     if (path / "manifest.json").is_file():
         manifest = _read_manifest(path)
-        return LatentStore(path, manifest, _Shards(path, manifest), num_classes)
+        captions = open_captions(path / FOLDER) if "captions_sha256" in manifest else None
+        if captions and file_sha256(captions.path / "manifest.json") != manifest["captions_sha256"]:
+            raise ValueError(
+                f"{captions.path / 'manifest.json'} differs from its sha256 in the store's "
+                "manifest: rerun extract_features.py"
+            )
+        return LatentStore(path, manifest, _Shards(path, manifest), num_classes, captions)
     if (path / "settings.json").is_file() or (path / "shards").is_dir():
         raise FileNotFoundError(
             f"{path / 'manifest.json'} is missing: unfinished extraction, rerun "
@@ -558,7 +496,7 @@ def _read_manifest(folder: Path) -> dict:
     manifest = read_json(path, "unfinished extraction, rerun extract_features.py")
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{path} is not the manifest of a latent store: format must be {FORMAT!r}")
-    _check(path, "", manifest, MANIFEST)
+    check_record(path, "", manifest, MANIFEST)
     if manifest["version"] != VERSION:
         raise ValueError(
             f"{path}: version {manifest['version']} is not {VERSION}; extract again with this code"
@@ -570,18 +508,18 @@ def _read_manifest(folder: Path) -> dict:
     ):
         if not fits:
             raise ValueError(
-                f"{path}: {key} {_short(manifest[key])} is impossible; rerun extract_features.py"
+                f"{path}: {key} {short(manifest[key])} is impossible; rerun extract_features.py"
             )
     for number, record in enumerate(manifest["shards"]):
         where, arrays = f"shards[{number}]", (ARRAY_NAMES[manifest["kind"]], "labels")
-        _check(path, where, record, {"count": SIZE, **dict.fromkeys(arrays, dict)})
+        check_record(path, where, record, {"count": SIZE, **dict.fromkeys(arrays, dict)})
         if odd := record.keys() - {"count", *arrays}:
             raise ValueError(
                 f"{path}: {where}: unknown key {min(odd)!r}; rerun extract_features.py"
             )
         for name in arrays:
-            _check(path, f"{where}: {name}", record[name], FILE)
-            _inside(folder, record[name]["file"], path)
+            check_record(path, f"{where}: {name}", record[name], FILE)
+            file_inside(folder, record[name]["file"], path)
     total = sum(record["count"] for record in manifest["shards"])
     if total != manifest["count"] or total == 0:
         raise ValueError(
@@ -589,25 +527,3 @@ def _read_manifest(folder: Path) -> dict:
             "extract_features.py"
         )
     return manifest
-
-
-def _check(path: Path, where: str, found: object, legal: dict) -> None:
-    """ValueError unless `found` is a mapping that holds the keys of `legal`, each as it says."""
-    place = f"{path}: {where}: " if where else f"{path}: "
-    if not isinstance(found, dict):
-        raise ValueError(f"{place}{_short(found)} must be a mapping; rerun extract_features.py")
-    missing = [key for key in legal if key not in found]
-    if missing:
-        raise ValueError(f"{place}lacks {', '.join(missing)}: rerun extract_features.py")
-    for key, rule in legal.items():
-        value = found[key]
-        if isinstance(rule, tuple) and isinstance(rule[0], str):
-            fits, words = value in rule, f"none of {', '.join(map(str, rule))}"
-        elif isinstance(rule, range):
-            fits = type(value) is int and value in rule
-            words = f"no whole number from {rule.start} to {rule.stop - 1}"
-        else:
-            fits = isinstance(value, rule) and not isinstance(value, bool)
-            words = f"no {getattr(rule, '__name__', 'number')}"
-        if not fits:
-            raise ValueError(f"{place}{key} {_short(value)} is {words}; rerun extract_features.py")

@@ -26,10 +26,11 @@ import torch
 from torch import nn
 
 from models.config_files import REPOSITORY, read_yaml
-from models.dit import PRESETS, DiT, build_dit
+from models.dit import DiT
 from models.graft_plan import GraftPlan
 from models.grafting import graft
 from models.operators import OPERATORS, build_operator, complete_config
+from models.presets import MAX_TOKENS, PRESETS, build_model
 
 COUNTS = ("paper", "full")
 SHARES = (50, 75, 100)  # % of the blocks
@@ -306,17 +307,18 @@ def paper_table() -> list[dict]:
 
 
 def model_cost(plan: GraftPlan) -> ModelCost:
-    """The plan's model; `plain(plan)` gives what to compare it with."""
+    """The plan's model; `plain(plan)` gives what to compare it with. Captions count at full length:
+    so they are run."""
     model, tokens = meta_model(plan), _tokens(plan)
     slots = [op for block in model.blocks for op in (block.attn, block.mlp)]
     inside = {id(module) for slot in slots for module in slot.modules()}
     work = Work()
-    for module in model.modules():
+    for name, module in model.named_modules():
         if id(module) not in inside and isinstance(module, (nn.Linear, nn.Conv2d)):
-            on_tokens = module in (
-                model.x_embedder.proj, model.final_layer.linear, *model.merges.values()
-            )  # fmt: skip
-            work += _affine(module) * (tokens if on_tokens else 1)
+            work += _affine(module) * _times(name, tokens, plan.captioned)
+    if plan.captioned:  # cross-attention
+        core = _attention(model.hidden_size, model.num_heads, MAX_TOKENS)
+        work += core * (plan.depth * tokens)
     for slot in ("mha", "mlp"):
         kept = plan.depth - len(plan.grafted_blocks(slot))
         cost = original_cost(slot, model.hidden_size, model.num_heads, tokens, "full")
@@ -327,6 +329,17 @@ def model_cost(plan: GraftPlan) -> ModelCost:
     return ModelCost(_parameters(model), work)
 
 
+def _times(name: str, tokens: int, captioned: bool) -> int:
+    """How many vectors a layer outside the slots maps: of tokens, of a caption's, or one."""
+    if captioned:
+        once, text = ("adaln_single.",), ("caption_projection.", ".attn2.to_k", ".attn2.to_v")
+        if name.startswith(once):
+            return 1
+        return MAX_TOKENS if any(part in f".{name}" for part in text) else tokens
+    on_tokens = ("x_embedder.", "merges.", "final_layer.linear")
+    return tokens if name.startswith(on_tokens) else 1
+
+
 def plain(plan: GraftPlan) -> GraftPlan:
     """The plan without its grafts, pairs and files."""
     return replace(plan.plain(), base_ckpt_path=None)
@@ -335,7 +348,7 @@ def plain(plan: GraftPlan) -> GraftPlan:
 def meta_model(plan: GraftPlan) -> DiT:
     """The plan's model on the meta device: names and shapes without memory."""
     with torch.device("meta"):
-        return graft(build_dit(plan.model_name, plan.input_size, plan.num_classes), plan)
+        return graft(build_model(plan), plan).to("meta")
 
 
 def _tokens(plan: GraftPlan) -> int:

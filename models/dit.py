@@ -47,25 +47,10 @@ def preset(name: str) -> dict[str, int]:
     return PRESETS[name]
 
 
-def latent_size(name: str, image_size: int) -> int:
-    """Side of the square latent of a square image of `image_size` pixels, for one preset.
-
-    ValueError when the image does not divide into whole patches.
-    """
-    p = preset(name)
-    step = p["latent_downsample"] * p["patch_size"]
-    if image_size <= 0 or image_size % step:
-        raise ValueError(
-            f"image_size {image_size} does not divide into the {step}-pixel patches of {name}: "
-            f"choose a multiple of {step}"
-        )
-    return image_size // p["latent_downsample"]
-
-
 def build_dit(name: str, input_size: int, num_classes: int = 1000, **overrides) -> "DiT":
     """A freshly initialised DiT of one preset; `overrides` are further arguments of DiT.
 
-    input_size: side of the latent, see `latent_size`. ValueError for unknown names.
+    input_size: side of the latent, see `models.presets`. ValueError for unknown names.
     """
     sizes = {key: value for key, value in preset(name).items() if key != "latent_downsample"}
     return DiT(**{**sizes, "input_size": input_size, "num_classes": num_classes, **overrides})

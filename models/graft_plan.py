@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from models.dit import PRESETS, latent_size
+from models.presets import PRESETS, is_captioned, latent_size
 
 PAIR = "pair"  # takes the slot's place where `graft_weights` names the file of a parallel pair
 
@@ -33,9 +33,9 @@ class GraftPlan:
 
     Attributes:
         path: the YAML file.
-        model_name: preset of the pretrained DiT, for example "DiT-XL/2".
+        model_name: preset of the pretrained model, for example "DiT-XL/2".
         image_size: pixels.
-        num_classes: without the null class.
+        num_classes: without the null class; None of a model that is told captions.
         grafts: operators and their blocks; empty for a plain DiT.
         base_ckpt_path: the pretrained DiT; None to train one from scratch.
         grafted_ckpt_path: a grafted model that this plan starts from, or None.
@@ -43,26 +43,33 @@ class GraftPlan:
             distilled parallel pair that begins there, both blocks with all they hold.
         graft_init: "fresh" or "inherit", for grafts that no file provides; None is "fresh" without
             a grafted checkpoint, and with one an error, as the plan may be meant for another.
-        vae: "ema", "mse" or a folder, for sampling.
+        vae: "ema", "mse", "sdxl" or a folder, for sampling.
+        text_encoder: "t5" or a folder, of a model that is told captions; None of others.
         parallel_pairs: neighbouring blocks that run side by side, see `models.restructure`.
     """
 
     path: Path
     model_name: str
     image_size: int
-    num_classes: int = 1000
+    num_classes: int | None = 1000
     grafts: tuple[Graft, ...] = ()
     base_ckpt_path: Path | None = None
     grafted_ckpt_path: Path | None = None
     graft_weights: Mapping[tuple[int, str], Path] = field(default_factory=dict)
     graft_init: str | None = None
     vae: str = "ema"
+    text_encoder: str | None = None
     parallel_pairs: tuple[tuple[int, int], ...] = ()
 
     @property
     def depth(self) -> int:
         """Blocks, those of parallel pairs among them."""
         return PRESETS[self.model_name]["depth"]
+
+    @property
+    def captioned(self) -> bool:
+        """Whether the model is told captions, not classes."""
+        return is_captioned(self.model_name)
 
     @property
     def is_plain(self) -> bool:

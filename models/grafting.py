@@ -20,9 +20,10 @@ from pathlib import Path
 
 import torch
 
-from models.dit import DiT, build_dit
+from models.dit import DiT
 from models.operators import build_operator
 from models.plan import Graft, GraftPlan, differences, load_plan, with_base
+from models.presets import build_model
 from models.restructure import parallelize
 from models.selection import GraftChoice, GraftPair
 from models.tensor_sources import LoadReport, TensorSources
@@ -47,7 +48,7 @@ def graft(model: DiT, plan: GraftPlan, pairs: bool = False) -> DiT:
     """Puts the plan's operators into `model` and makes its pairs parallel, in place.
 
     Args:
-        model: an ungrafted DiT of the plan's preset.
+        model: an ungrafted model of the plan's preset.
         pairs: keep the original beside each graft, as a GraftPair (for layer selection).
     """
     for entry in plan.grafts:
@@ -57,7 +58,7 @@ def graft(model: DiT, plan: GraftPlan, pairs: bool = False) -> DiT:
             if pairs:
                 operator = GraftPair(getattr(model.blocks[block], slot), operator)
             setattr(model.blocks[block], slot, operator)
-    return parallelize(model, plan.parallel_pairs)
+    return parallelize(model, plan.parallel_pairs) if plan.parallel_pairs else model
 
 
 def build_grafted(
@@ -77,7 +78,7 @@ def build_grafted(
     has_files = plan.base_ckpt_path is not None or plan.grafted_ckpt_path is not None
     # A file replaces every tensor of the DiT itself, so that none needs memory or a start.
     with torch.device("meta") if weights and has_files else nullcontext():
-        model = build_dit(plan.model_name, plan.input_size, num_classes=plan.num_classes)
+        model = build_model(plan)
     graft(model, plan, pairs)
     own = model.state_dict()
     if not weights:

@@ -15,10 +15,10 @@ from pathlib import Path
 import yaml
 
 from models.config_files import check_keys, find_file, flag_path, places, read_yaml
-from models.dit import PRESETS, latent_size
 from models.files import write_whole
 from models.graft_plan import PAIR, Graft, GraftPlan, differences
 from models.operators import OPERATORS, complete_config
+from models.presets import PRESETS, is_captioned, latent_size
 from models.restructure import all_pairs, check_pairs
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "find_file",
     "flag_path",
     "load_plan",
+    "network_of",
     "plan_from_flags",
     "read_yaml",
     "with_base",
@@ -37,7 +38,9 @@ __all__ = [
 SLOT_NAMES = ("mha", "mlp")
 INITS = ("fresh", "inherit")
 RESTRUCTURES = ("parallel_pairs",)
-VAE_NAMES = ("ema", "mse")  # any other `vae` is a path
+VAE_NAMES = ("ema", "mse", "sdxl")  # any other `vae` is a path
+ENCODER_NAMES = ("t5",)  # any other `text_encoder` is a path
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"  # in a folder of diffusers' format
 
 # Every key a graft YAML may hold, with the types it may have. The first group is the predecessor's
 # and the paper's schema; "base_ckpt_path" and below are this repository's.
@@ -55,6 +58,7 @@ SAMPLE_KEYS = {
     "base_ckpt_path": (str, type(None)),
     "num_classes": int,
     "vae": str,
+    "text_encoder": str,
     "graft_init": (str, type(None)),
 }
 TOP_KEYS = {
@@ -95,6 +99,7 @@ def load_plan(path: str | Path) -> GraftPlan:
         raise ValueError(f"{path}: init_type: {sample['init_type']!r}; the only legal value: graft")
     if sample.get("graft_init") not in (None, *INITS):
         raise ValueError(f"{path}: graft_init: {sample['graft_init']!r}; legal: {', '.join(INITS)}")
+    _check_condition(path, content, sample)
     if sample.get("num_classes", 1) < 1:
         raise ValueError(f"{path}: num_classes: {sample['num_classes']}; must be at least 1")
     try:
@@ -113,15 +118,41 @@ def load_plan(path: str | Path) -> GraftPlan:
         path=path,
         model_name=name,
         image_size=sample["image_size"],
-        num_classes=sample.get("num_classes", 1000),
+        num_classes=sample.get("num_classes", _classes(name)),
         grafts=grafts,
         base_ckpt_path=_base_path(sample),
         grafted_ckpt_path=_optional_path(sample.get("grafted_dit_ckpt_path")),
         graft_weights=_read_graft_weights(path, sample, grafts, pairs),
         graft_init=sample.get("graft_init"),
-        vae=sample.get("vae", "ema"),
+        vae=sample.get("vae", _vae(name)),
+        text_encoder=sample.get("text_encoder", _text_encoder(name)),
         parallel_pairs=pairs,
     )
+
+
+def _check_condition(path: Path, content: dict, sample: dict) -> None:
+    """ValueError for keys of class-conditional models in the plan of a captioned one, or back."""
+    name = sample["dit_model_name"]
+    if not is_captioned(name) and "text_encoder" in sample:
+        raise ValueError(
+            f"{path}: text_encoder: {name} is told classes, not captions; drop the key"
+        )
+    if is_captioned(name) and "num_classes" in sample:
+        raise ValueError(f"{path}: num_classes: {name} is told captions, not classes; drop it")
+    if is_captioned(name) and content.get("restructure") is not None:
+        raise ValueError(f"{path}: restructure: only DiT has parallel pairs, not {name}")
+
+
+def _classes(name: str) -> int | None:
+    return None if is_captioned(name) else 1000
+
+
+def _vae(name: str) -> str:
+    return "sdxl" if is_captioned(name) else "ema"
+
+
+def _text_encoder(name: str) -> str | None:
+    return "t5" if is_captioned(name) else None
 
 
 def _without_none_words(sample: dict) -> dict:
@@ -272,13 +303,40 @@ def _optional_path(value: str | None) -> Path | None:
 
 
 def _base_path(sample: dict) -> Path | None:
-    """The base checkpoint; DiT-XL/2 has a published one, other presets none."""
+    """The base checkpoint; DiT-XL/2 and PixArt-Sigma have published ones, other presets none."""
+    name, size = sample["dit_model_name"], sample["image_size"]
     if "base_ckpt_path" in sample:
-        return _optional_path(sample["base_ckpt_path"])
-    size = sample["image_size"]
-    if sample["dit_model_name"] == "DiT-XL/2" and size in (256, 512):
+        return _weight_file(name, _optional_path(sample["base_ckpt_path"]))
+    if name == "DiT-XL/2" and size in (256, 512):
         return Path(f"pretrained/DiT-XL-2-{size}x{size}.pt")
+    if name.startswith("PixArt-Sigma-XL-2-"):
+        published = name.replace("2048", "2K") + "-MS"
+        return Path("pretrained") / published / "transformer" / DIFFUSERS_WEIGHTS
     return None
+
+
+def _weight_file(name: str, path: Path | None) -> Path | None:
+    """The weights in a folder of diffusers' format, which has no suffix; a file as it is."""
+    if path is None or not is_captioned(name) or path.suffix in (".safetensors", ".pt", ".pth"):
+        return path
+    return path / DIFFUSERS_WEIGHTS
+
+
+def network_of(plan: GraftPlan, key: str, given: str | None) -> tuple[str, str | Path]:
+    """The "vae" or "text_encoder" of a plan, or of the flag of that name where it is given.
+
+    Returns:
+        The name as it stands there, and the folder, or again the name of a published network.
+
+    Raises:
+        FileNotFoundError: no such folder.
+    """
+    name = given or getattr(plan, key)
+    if name in {"vae": VAE_NAMES, "text_encoder": ENCODER_NAMES}[key]:
+        return name, name
+    if given:
+        return name, flag_path(f"--{key.replace('_', '-')}", name)
+    return name, find_file(name, plan.path, key, folder=True)
 
 
 # -- from flags ----------------------------------------------------------------
@@ -293,7 +351,7 @@ def with_base(plan: GraftPlan, base: str | None) -> GraftPlan:
     if base is None:
         return plan
     path = None if _optional_path(base) is None else flag_path("--load-weight", base)
-    return replace(plan, base_ckpt_path=path)
+    return replace(plan, base_ckpt_path=_weight_file(plan.model_name, path))
 
 
 def plan_from_flags(
@@ -307,8 +365,8 @@ def plan_from_flags(
     if config is None:
         return _plain_plan(
             model,
-            256 if image_size is None else image_size,
-            1000 if num_classes is None else num_classes,
+            image_size,
+            num_classes,
         )
     plan = load_plan(config)
     for flag, given, planned in (
@@ -323,19 +381,31 @@ def plan_from_flags(
     return plan
 
 
-def _plain_plan(model: str | None, image_size: int, num_classes: int) -> GraftPlan:
+def _plain_plan(model: str | None, image_size: int | None, num_classes: int | None) -> GraftPlan:
     if model is None:
         raise ValueError("nothing says which model: give --config or --model")
     if model not in PRESETS:
         raise ValueError(f"--model {model}: legal names: {', '.join(sorted(PRESETS))}")
-    if num_classes < 1:
+    if num_classes is not None and is_captioned(model):
+        raise ValueError(f"--num-classes {num_classes}: {model} is told captions, not classes")
+    image_size = PRESETS[model].get("image_size", 256) if image_size is None else image_size
+    num_classes = _classes(model) if num_classes is None else num_classes
+    if num_classes is not None and num_classes < 1:
         raise ValueError(f"--num-classes {num_classes}: must be at least 1")
     try:
         latent_size(model, image_size)
     except ValueError as error:
         raise ValueError(f"--image-size: {error}") from error
     base = _base_path({"dit_model_name": model, "image_size": image_size})
-    return GraftPlan(Path("flags"), model, image_size, num_classes, base_ckpt_path=base)
+    return GraftPlan(
+        Path("flags"),
+        model,
+        image_size,
+        num_classes,
+        base_ckpt_path=base,
+        vae=_vae(model),
+        text_encoder=_text_encoder(model),
+    )
 
 
 # -- writing -------------------------------------------------------------------
@@ -381,8 +451,9 @@ def write_plan(
     sample.pop("graft_init", None)
     if plan.graft_init is not None:
         sample["graft_init"] = plan.graft_init
-    if "vae" in sample and sample["vae"] not in VAE_NAMES:
-        sample["vae"] = lead(sample["vae"], "vae")
+    for key, names in (("vae", VAE_NAMES), ("text_encoder", ENCODER_NAMES)):
+        if key in sample and sample[key] not in names:
+            sample[key] = lead(sample[key], key)
     weights: dict[int, dict[str, str]] = {}
     for owner, entries in parts:
         for (block, slot), file in owner.graft_weights.items():

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from models.config_files import find_file, shown
-from models.dit import build_dit
 from models.graft_plan import PAIR, Graft, GraftPlan, config_differences
 from models.operators import OPERATORS
+from models.presets import build_model, check_config
 from models.restructure import MERGES
 from models.weight_files import (
     Held,
@@ -27,7 +27,7 @@ from models.weight_files import (
     unknown_operator,
     wanted,
 )
-from models.weights import SLOTS, operator_of, read_state, tensors_at
+from models.weights import PIXART_PARTS, SLOTS, operator_of, read_state, tensors_at
 
 Tensors = dict[str, torch.Tensor]
 OF_PAIR = "graft_weights names a file for the parallel pair"
@@ -119,8 +119,10 @@ class TensorSources:
                 "put it in grafted_dit_ckpt_path"
             )
         with torch.device("meta"):
-            plain = build_dit(plan.model_name, plan.input_size, num_classes=plan.num_classes)
+            plain = build_model(plan)
         check_whole(str(file), file.tensors, plain.state_dict(), plan)
+        if plan.captioned:
+            check_config(file.path, plan)
         return file
 
     def _open(self, label: str, path: Path, key: str) -> OpenedFile:
@@ -389,13 +391,19 @@ class TensorSources:
         for new, old in inherits.items():
             if place + new not in self.own:  # a bias that the configuration leaves out
                 continue
-            shape, original = self.own[place + new].shape, file.tensors.get(prefix + old)
+            parts = PIXART_PARTS[entry.slot][old] if self.plan.captioned else (old,)
+            names = [prefix + part for part in parts]
+            found = [file.tensors[name] for name in names if name in file.tensors]
+            shape, original = self.own[place + new].shape, None
+            if len(found) == len(names):
+                original = found[0] if len(found) == 1 else torch.cat(found)
             if original is None or original.shape != shape:
                 raise ValueError(
                     f"{where}: block {block}: {entry.operator}'s {new} {list(shape)} does not fit "
                     f"the original {old}; use graft_init: fresh or distilled weights"
                 )
-            self._use(file, prefix + old, place + new, "inherited")
+            self._take(str(file), names[0], original, place + new, "inherited")
+            file.left.difference_update(names)
 
     def finish(self) -> LoadReport:
         """The report; raises ValueError for a tensor of the checkpoint without place or reason."""

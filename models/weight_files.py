@@ -10,7 +10,15 @@ import torch
 from models.config_files import shown
 from models.graft_plan import GraftPlan
 from models.operators import OPERATORS
-from models.weights import SLOTS, depth_of, operator_of, read_checkpoint, tensors_at
+from models.weights import (
+    PIXART_PARTS,
+    SLOTS,
+    depth_of,
+    is_of_pixart,
+    operator_of,
+    read_checkpoint,
+    tensors_at,
+)
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -38,7 +46,7 @@ class OpenedFile:
     """
 
     def __init__(self, label: str, path: Path, plan: GraftPlan) -> None:
-        self.label, self.path = label, path
+        self.label, self.path, self.captioned = label, path, plan.captioned
         self.tensors, stored = read_checkpoint(path)
         refuse_selection(str(self), self.tensors)
         check_depth(str(self), self.tensors, plan)
@@ -59,6 +67,8 @@ class OpenedFile:
         told = self.grafts.get((block, slot))
         if told is not None:
             return Held(told["operator"], tensors, told["config"], original=False)
+        if self.captioned:  # whose originals have names of their own
+            return Held(operator, tensors, None, original=is_of_pixart(tensors, slot))
         if not _like_original(operator, tensors):
             return Held(operator, tensors, None, original=False)
         return Held(operator, tensors, None, original=True if self.tells else None)
@@ -140,9 +150,13 @@ def unknown_operator(
     """The error of a slot whose tensors are those of no operator; names those of the plan's."""
     entry = plan.graft_at(block, slot)
     spec = OPERATORS[slot if entry is None else entry.operator]
+    names, optional = spec.tensors, spec.optional_tensors
+    if plan.captioned and entry is None:
+        names = {name for parts in PIXART_PARTS[slot].values() for name in parts}
+        optional = set()
     tells = {
-        "missing": sorted(spec.tensors - tensors.keys()),
-        "left over": sorted(tensors.keys() - spec.tensors - spec.optional_tensors),
+        "missing": sorted(names - tensors.keys()),
+        "left over": sorted(tensors.keys() - names - optional),
     }
     said = "; ".join(f"{word}: {_few(names)}" for word, names in tells.items() if names)
     return ValueError(
@@ -172,7 +186,8 @@ def check_tensor(
     plan: GraftPlan,
 ) -> None:
     """Raises ValueError unless the tensor is in the file (`there`) as in the model (`here`)."""
-    model = f"{plan.path} ({plan.describe()}, {plan.num_classes} classes)"
+    told = "captions" if plan.captioned else f"{plan.num_classes} classes"
+    model = f"{plan.path} ({plan.describe()}, {told})"
     if there is None:
         raise ValueError(f"{file}: tensor {name} is missing; the model of {model} has it")
     if here is None:

@@ -19,6 +19,29 @@ WRAPPERS = re.compile(r"(^|\.)(?:(?:module|_orig_mod)\.)+")
 PLAN_KEYS = {"model_name", "image_size", "num_classes", "grafts"}  # of GraftPlan.architecture()
 BEFORE_ZIP = b"\x80\x02\x8a\x0al\xfc\x9cF"  # how torch.save began before PyTorch 1.6
 
+# How the names of PixArt's tensors go on after transformer_blocks.<i>. in diffusers' files, and
+# here after blocks.<i>., where a block has slots
+DIFFUSERS_PARTS = {
+    "attn1.": "attn.",
+    "ff.": "mlp.",
+    "scale_shift_table": "adaLN_modulation.scale_shift_table",
+}
+# The tensors of a slot's original in DiT -> those that hold the same in PixArt, in their order
+PIXART_PARTS = {
+    "mha": {
+        "qkv.weight": ("to_q.weight", "to_k.weight", "to_v.weight"),
+        "qkv.bias": ("to_q.bias", "to_k.bias", "to_v.bias"),
+        "proj.weight": ("to_out.0.weight",),
+        "proj.bias": ("to_out.0.bias",),
+    },
+    "mlp": {
+        "fc1.weight": ("net.0.proj.weight",),
+        "fc1.bias": ("net.0.proj.bias",),
+        "fc2.weight": ("net.2.weight",),
+        "fc2.bias": ("net.2.bias",),
+    },
+}
+
 State = Mapping[str, torch.Tensor]
 
 
@@ -31,7 +54,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict | N
     """The flat state dict of a `.pt`, `.pth` or `.safetensors` file, on the CPU, and its plan.
 
     Nesting under `ema`, `model` or `state_dict` (the first that is not empty; in flat files a
-    prefix of all names) and wrappers of DDP and torch.compile are taken off. Pickles open with
+    prefix of all names) and wrappers of DDP and torch.compile are taken off. PixArt's tensors get
+    the names that they have here; low-rank updates are added to what they update. Pickles open with
     `weights_only=True`; of other classes only `argparse.Namespace`, which DiT's and the released
     grafts' files carry, is let in. The plan is what this repository's checkpoints say of the
     model's architecture (`GraftPlan.architecture`); other files have None.
@@ -47,6 +71,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict | N
         raise FileNotFoundError(f"weights {path}: no such file")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     plan = content.get("plan") if isinstance(content, dict) else None
+    settings = content.get("args") if isinstance(content, dict) else None
+    settings = settings if isinstance(settings, dict) else {}
     content = _innermost(content)
     if not isinstance(content, dict) or not content:
         kind = "an empty one" if content == {} else type(content).__name__
@@ -65,7 +91,53 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict | N
         state[bare] = tensor
     if path.suffix != ".safetensors":
         _check_sums(path, state)
+    state = _with_updates(path, {our_name(n): t for n, t in state.items()}, settings)
     return state, plan if isinstance(plan, dict) and plan.keys() >= PLAN_KEYS else None
+
+
+def our_name(name: str) -> str:
+    """The name here of a tensor of diffusers' PixArtTransformer2DModel; others stay."""
+    found = re.match(r"transformer_blocks\.(\d+)\.(.*)", name)
+    if found is None:
+        return name
+    block, rest = found.groups()
+    for theirs, ours in DIFFUSERS_PARTS.items():
+        if rest.startswith(theirs):
+            rest = ours + rest.removeprefix(theirs)
+    return f"blocks.{block}.{rest}"
+
+
+def diffusers_name(name: str) -> str:
+    """The reverse of `our_name`."""
+    found = re.match(r"blocks\.(\d+)\.(.*)", name)
+    if found is None:
+        return name
+    block, rest = found.groups()
+    for theirs, ours in DIFFUSERS_PARTS.items():
+        if rest.startswith(ours):
+            rest = theirs + rest.removeprefix(ours)
+    return f"transformer_blocks.{block}.{rest}"
+
+
+def _with_updates(
+    path: Path, state: dict[str, torch.Tensor], settings: Mapping
+) -> dict[str, torch.Tensor]:
+    """The state of a model trained with LoRA, its updates added to the weights that they update.
+
+    settings: the flags of the training, which say how the updates are scaled.
+    """
+    down, up = ".lora_A.default.weight", ".lora_B.default.weight"
+    updated = [name.removesuffix(down) for name in state if name.endswith(down)]
+    rank, alpha = settings.get("lora_rank"), settings.get("lora_alpha")
+    if not updated or rank is None or alpha is None:
+        return state
+    merged = {n.replace(".base_layer.", "."): t for n, t in state.items() if ".lora_" not in n}
+    for name in updated:
+        if f"{name}{up}" not in state or f"{name}.weight" not in merged:
+            raise ValueError(f"weights {path}: the low-rank update of {name} is not whole")
+        update = state[name + up].float() @ state[name + down].float()
+        merged[f"{name}.weight"] = merged[f"{name}.weight"].float() + alpha / rank * update
+    return merged
 
 
 def _innermost(content: object) -> object:
@@ -201,9 +273,19 @@ def tensors_at(state: State, block: int, slot: str) -> dict[str, torch.Tensor]:
 
 
 def operator_of(tensors: State, slot: str) -> str | None:
-    """The operator whose names these tensors bear, or None when no operator of the slot does."""
+    """The operator whose names these tensors bear, or None when no operator of the slot does.
+
+    The original operators of PixArt are called as those of DiT, which they are in other parts.
+    """
     names = set(tensors)
+    if is_of_pixart(tensors, slot):
+        return slot
     for operator, spec in OPERATORS.items():
         if spec.slot == slot and spec.tensors <= names <= spec.tensors | spec.optional_tensors:
             return operator
     return None
+
+
+def is_of_pixart(tensors: State, slot: str) -> bool:
+    """Whether these are the tensors of the slot's original operator in PixArt."""
+    return set(tensors) == {name for parts in PIXART_PARTS[slot].values() for name in parts}

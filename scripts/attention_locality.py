@@ -53,6 +53,8 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--num-sampling-steps {args.num_sampling_steps}: use 2 to 1000")
     dtype = precision.choose(args.precision, world.device)
     plan = plan_from_flags(args.config_filepath, args.model, args.image_size, args.num_classes)
+    if plan.captioned:
+        raise ValueError(f"{plan.path}: {plan.model_name}: locality is measured of DiT's attention")
     plan = with_base(plan, args.load_weight)
     checkpoint = args.graft_fusion_ckpt_path
     if not args.grafted and checkpoint is None:

@@ -4,6 +4,7 @@
     python scripts/download.py zoo:dit-xl2-mha-swa-75p-fid3.09
 
 What there is: dit-xl2-256, dit-xl2-512 (the DiTs that are grafted, 2.7 GB each), vae-ema, vae-mse,
+pixart-sigma-512, -1024, -2048 (the transformers, 2.4 GB each) and their vae-sdxl,
 inception (for evaluate_fid.py), adm-reference-256 (its reference batch of ImageNet), zoo:<name> (a
 released graft of configs/zoo.yaml) and all-zoo. A download that was cut short goes on when the
 command is repeated; a file has its final name only when it is whole, and, where a hash is known,
@@ -69,9 +70,20 @@ class Item:
 
 
 def _vae(kind: str) -> list[Item]:
-    folder = f"pretrained/sd-vae-ft-{kind}"
+    folder = f"pretrained/{HUB_NAMES[kind].rpartition('/')[2]}"
     return [
         Item(f"{HUB}/{HUB_NAMES[kind]}/resolve/main/{file}", f"{folder}/{file}")
+        for file in (WEIGHTS, CONFIG)
+    ]
+
+
+def _pixart(size: str) -> list[Item]:
+    name = f"PixArt-Sigma-XL-2-{size}-MS"
+    return [
+        Item(
+            f"{HUB}/PixArt-alpha/{name}/resolve/main/transformer/{file}",
+            f"pretrained/{name}/transformer/{file}",
+        )
         for file in (WEIGHTS, CONFIG)
     ]
 
@@ -81,6 +93,10 @@ ITEMS: dict[str, list[Item]] = {
     "dit-xl2-512": [Item(f"{DIT}/DiT-XL-2-512x512.pt", "pretrained/DiT-XL-2-512x512.pt")],
     "vae-ema": _vae("ema"),
     "vae-mse": _vae("mse"),
+    "vae-sdxl": _vae("sdxl"),
+    "pixart-sigma-512": _pixart("512"),
+    "pixart-sigma-1024": _pixart("1024"),
+    "pixart-sigma-2048": _pixart("2K"),
     "inception": [Item(f"{INCEPTION_RELEASE}/{FILE_NAME}", f"pretrained/{FILE_NAME}", HASH_PREFIX)],
     "adm-reference-256": [
         Item(

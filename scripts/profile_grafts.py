@@ -2,6 +2,7 @@
 
     python scripts/profile_grafts.py configs/50p_swa.yaml configs/75p_mamba2.yaml
     python scripts/profile_grafts.py --latency --batch 32 configs/50p_graftfusion75_swa.yaml
+    python scripts/profile_grafts.py --latency --batch 1 configs/pixart_hyena_x*.yaml
     python scripts/profile_grafts.py --table      # the grafting paper's table of costs, and ours
     python scripts/profile_grafts.py --json ...   # any of these, for machines
 
@@ -23,6 +24,7 @@ from models import costs
 from models.graft_plan import GraftPlan
 from models.operators.accelerators import accelerate
 from models.plan import load_plan
+from models.presets import blank_condition
 from training import arguments, distributed, precision
 from training.compilation import compile_models, graphed
 
@@ -96,6 +98,8 @@ def latency(plan: GraftPlan, args: argparse.Namespace) -> float:
     generator = torch.Generator(device).manual_seed(0)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter.data, std=WEIGHT_STD, generator=generator)
+    for buffer in model.buffers():
+        buffer.zero_()  # PixArt's position table
     dtype = precision.choose(args.precision, device)
     for line in accelerate(model, device, dtype, model.num_tokens, args.kernels):
         print(line, file=sys.stderr)
@@ -104,7 +108,7 @@ def latency(plan: GraftPlan, args: argparse.Namespace) -> float:
     side = plan.input_size
     x = torch.randn(batch, model.in_channels, side, side, device=device, generator=generator)
     t = torch.full((batch,), 500, device=device)
-    y = torch.zeros(batch, dtype=torch.long, device=device)
+    y = blank_condition(plan, batch, device)
     times = []
     with (
         torch.inference_mode(),

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from models.dit import PRESETS, DiT, build_dit, latent_size
+from models.dit import PRESETS, DiT, build_dit
 from models.operators import build_operator
+from models.presets import latent_size
 from models.selection import GraftPair
 
 TINY = {"input_size": 8, "hidden_size": 32, "depth": 3, "num_heads": 4, "num_classes": 5}

@@ -574,7 +574,7 @@ def test_codec_names_what_is_missing(vae_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(FileNotFoundError, match="VAE mse: pretrained/sd-vae-ft-mse does not exist"):
         load_codec("mse")
-    with pytest.raises(FileNotFoundError, match="VAE emma: no such folder; use ema, mse or"):
+    with pytest.raises(FileNotFoundError, match="VAE emma: no such folder; use ema, mse, sdxl or"):
         load_codec("emma")
     local = tmp_path / "pretrained" / "sd-vae-ft-ema"
     shutil.copytree(vae_folder, local)

@@ -9,6 +9,7 @@ the host by running the whole step, from the model's input to the averages, as o
 from collections.abc import Callable
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 
 from training.distributed import World
 
@@ -82,8 +83,8 @@ def compile_functions(world: World, flag: bool, *functions: Callable) -> tuple[C
 class Graphed:
     """A function of tensors that runs as one CUDA graph after some calls.
 
-    function(**inputs) takes tensors and gives a tensor or a tuple of them; it must do the same work
-    at every call and wait for nothing. It may change what it closes over (weights, averages): the
+    function(**inputs) takes tensors, and named tuples of them, and gives tensors; it must do the
+    same work at every call and wait for nothing. It may change what it closes over (weights, averages): the
     calls before the capture count like the others. Results are overwritten by the next call. Inputs
     must keep their shapes.
 
@@ -95,18 +96,18 @@ class Graphed:
         self.stream = torch.cuda.Stream(device)
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, **inputs: torch.Tensor):
+    def __call__(self, **inputs):
         if self.left > 0:
             self.left -= 1
             return self._aside(inputs)
         if self.graph is None:
             self._capture(inputs)
-        for name, tensor in inputs.items():
-            self.inputs[name].copy_(tensor)
+        for mine, given in zip(tree_leaves(self.inputs), tree_leaves(inputs), strict=True):
+            mine.copy_(given)
         self.graph.replay()
         return self.results
 
-    def _aside(self, inputs: dict[str, torch.Tensor]):
+    def _aside(self, inputs: dict):
         """A call on the stream of the capture, as capturing asks for."""
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
@@ -115,8 +116,8 @@ class Graphed:
         current.wait_stream(self.stream)
         return results
 
-    def _capture(self, inputs: dict[str, torch.Tensor]) -> None:
-        self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
+    def _capture(self, inputs: dict) -> None:
+        self.inputs = tree_map(torch.clone, inputs)
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
         self.graph = torch.cuda.CUDAGraph()

@@ -173,19 +173,17 @@ def wrap(world: World, module: torch.nn.Module) -> torch.nn.Module:
     )
 
 
-def micro_batches(
-    net: torch.nn.Module, inputs: dict[str, torch.Tensor], number: int
-) -> Iterator[dict[str, torch.Tensor]]:
+def micro_batches(net: torch.nn.Module, inputs: dict, number: int) -> Iterator[dict]:
     """A step's inputs in `number` parts, one a forward and backward pass of `net`.
 
     Args:
         net: a `wrap`ped module. The processes average their gradients once, in the last part's
             backward pass.
-        inputs: tensors [B, ...] that are cut into B / number samples, and 0-d ones for all.
+        inputs: 0-d tensors for all; and what is cut by its `chunk`: tensors [B, ...], captions.
     """
-    whole = {name: tensor for name, tensor in inputs.items() if tensor.ndim == 0}
-    cut = [tensor.chunk(number) for tensor in inputs.values() if tensor.ndim]
-    names = [name for name, tensor in inputs.items() if tensor.ndim]
+    whole = {name: v for name, v in inputs.items() if torch.is_tensor(v) and v.ndim == 0}
+    names = [name for name in inputs if name not in whole]
+    cut = [inputs[name].chunk(number) for name in names]
     parts = [whole | dict(zip(names, pieces, strict=True)) for pieces in zip(*cut, strict=True)]
     wrapped = isinstance(net, DistributedDataParallel)
     with net.no_sync() if wrapped else nullcontext():

@@ -2,6 +2,10 @@
 
 import torch
 
+from models.graft_plan import GraftPlan
+from models.restructure import MERGES
+from models.weights import SLOTS
+
 
 def add_lora(
     model: torch.nn.Module, rank: int, alpha: float, exclude: tuple[str, ...] = ()
@@ -28,6 +32,17 @@ def add_lora(
         raise ValueError(f"--lora-rank {rank}: must be at least 1")
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0)
     inject_adapter_in_model(config, model)
+    return names
+
+
+def add_lora_around(model: torch.nn.Module, plan: GraftPlan, rank: int, alpha: float) -> list[str]:
+    """As `add_lora`, on all but what a plan put into the model, which is trained in full."""
+    new = [f".blocks.{block}.{SLOTS[g.slot]}." for g in plan.grafts for block in g.blocks]
+    new = (*new, *(f".{MERGES}{first}." for first, _ in plan.parallel_pairs))
+    names = add_lora(model, rank, alpha, exclude=new)
+    for name, parameter in model.named_parameters():
+        if any(text in f".{name}" for text in new):
+            parameter.requires_grad_(True)
     return names
 
 

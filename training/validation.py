@@ -4,6 +4,7 @@ import torch
 
 from diffusion.gaussian import Diffusion
 from latents.store import LatentStore
+from models.captions import Captions
 from training import distributed, precision
 from training.distributed import World
 from training.draws import HELD_OUT_EPOCH, draw
@@ -14,10 +15,10 @@ DRAWS = 4  # timesteps an image
 
 def read_rows(
     store: LatentStore, index: torch.Tensor, world: World
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | Captions]:
     """Moments, places and labels of the rows `index` [B] of a store, on the device."""
-    labels = torch.from_numpy(store.labels[index.numpy()])
-    return tuple(part.to(world.device) for part in (store.read(index), index, labels))
+    parts = store.read(index), index, store.conditions(index)
+    return tuple(part.to(world.device) for part in parts)
 
 
 @torch.no_grad()
