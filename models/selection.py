@@ -138,6 +138,7 @@ class LayerGates(nn.Module):
         self.depth = depth
         self.pairs = None if pairs is None else tuple(pairs)
         self.blocks = tuple(range(depth)) if pairs is None else tuple(a for a, _ in pairs)
+        self.register_buffer("places", torch.tensor(self.blocks), persistent=False)
         unit = "blocks" if pairs is None else "pairs"
         self.groups = parse_groups(groups, len(self.blocks), unit)
         outside = [block for block in sorted(set(pinned)) if block not in self.blocks]
@@ -228,8 +229,7 @@ class LayerGates(nn.Module):
         """From [..., gated] to [..., depth], where all that is not gated is kept."""
         if self.pairs is None:
             return keep
-        at = torch.tensor(self.blocks, device=keep.device)
-        return keep.new_ones(*keep.shape[:-1], self.depth).index_copy(-1, at, keep)
+        return keep.new_ones(*keep.shape[:-1], self.depth).index_copy(-1, self.places, keep)
 
     def _tables(self) -> list[torch.Tensor]:
         """What each option means to a model: [options, M], or [options, M, 1 + variants]."""

@@ -63,9 +63,7 @@ def decision(
     answer = {
         "kept": kept,
         "grafted": [b for b in blocks if b not in kept],
-        "slots": [PAIR]
-        if gates.pairs
-        else sorted({graft.slot for plan in plans for graft in plan.grafts}),
+        "slots": [PAIR] if gates.pairs else sorted({g.slot for plan in plans for g in plan.grafts}),
         "groups": groups,
         "groups_spec": ",".join(f"{keep}:{size}" for keep, size in gates.groups),
         "pinned": list(gates.pinned),
