@@ -180,8 +180,11 @@ def report(args: argparse.Namespace) -> None:
     for record in groups["half-learned", "finetune"]:
         pairs = " ".join(f"{a}+{b}" for a, b in record["pairs"])
         low, high = min(record["confidence"]), max(record["confidence"])
-        text += f"\n\nSeed {record['seed']}: the gates made {pairs} parallel, with a confidence of "
-        text += f"{low:.2f} to {high:.2f}."
+        steps = record["settings"]["selection_steps"]
+        text += (
+            f"\n\nSeed {record['seed']}: after {steps} steps of selection the gates made {pairs} "
+        )
+        text += f"parallel, with a confidence of {low:.2f} to {high:.2f}."
     testbed.write_tables(REPOSITORY / "docs" / "restructuring.md", Path(__file__).name, text)
 
 
