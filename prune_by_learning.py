@@ -6,6 +6,9 @@ its logits are trained with the diffusion loss, together with LoRA on the frozen
 with the grafted operators themselves. A block is kept or grafted whole: where the YAML grafts both
 of its slots, both follow. With --candidates the grafts of several YAMLs compete for each block.
 
+With --choose pairs, or a YAML of parallel pairs alone, the gates choose in the same way which of
+these pairs stay in sequence and which become parallel; its grafts are not in question then.
+
 Inputs:  a latent store (extract_features.py) and a graft YAML, commonly a 75 % graft.
 Outputs: <results-dir>/<prefix>-<model>/ with selection.json (the decision and its probabilities),
          selected.yaml (the finished plan that finetuning and sampling read), trajectory.png and
@@ -28,10 +31,10 @@ from tqdm import tqdm
 from diffusion import create_diffusion, noise
 from latents.loader import LatentLoader
 from latents.store import open_latents
-from models.grafting import build_choices, load_plan, variants_of, with_base
+from models.grafting import build_open, gated_in, load_plan, new_parts, with_base
 from models.operators.accelerators import accelerate
 from models.plan import plan_from_flags
-from models.selection import GatedDiT, LayerGates, settle
+from models.selection import GatedDiT, LayerGates, settle, summary
 from training import arguments, checkpoint, distributed, nonfinite, precision
 from training.compilation import compile_functions, compile_models, graphed
 from training.draws import draw
@@ -47,10 +50,10 @@ from training.selection_report import (
     write_trajectory_line,
 )
 
-GRAFTED = (".graft.", ".grafts.")  # in the names of grafted operators' tensors
+GROUPS = {"grafts": "2:4", "pairs": "1:2"}  # by what is chosen; half keeps the original
 # A resumed run must have these flags as it was begun with
-FIXED = ("candidates", "groups", "pin", "delta_w", "lora", "lora_rank", "lora_alpha", "tau_range")
-FIXED += ("scaling_range", "lr", "gate_lr", "clip_grad", "class_dropout", "ema_decay")
+FIXED = ("candidates", "choose", "groups", "pin", "delta_w", "lora", "lora_rank", "lora_alpha")
+FIXED += ("tau_range", "scaling_range", "lr", "gate_lr", "clip_grad", "class_dropout", "ema_decay")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -66,7 +69,10 @@ def main(args: argparse.Namespace) -> None:
     plan = plan_from_flags(args.config_filepath, None, args.image_size, args.num_classes)
     plan = with_base(plan, args.load_weight)
     plans = [plan, *(with_base(load_plan(file), args.load_weight) for file in args.candidates)]
-    gates = LayerGates(plan.depth, args.groups, args.pin, variants=variants_of(plans))
+    if args.choose is None:
+        args.choose = "pairs" if plan.parallel_pairs and not plan.grafts else "grafts"
+    args.groups = args.groups or GROUPS[args.choose]
+    gates = LayerGates(plan.depth, args.groups, args.pin, **gated_in(plans, args.choose))
     store = open_latents(args.data_path, num_classes=plan.num_classes)
     store.check_plan(plan)
     architectures = json.dumps([each.architecture() for each in plans], sort_keys=True)
@@ -79,17 +85,15 @@ def main(args: argparse.Namespace) -> None:
     loader = LatentLoader.from_flags(args, store, world, start_step)
 
     # Model: original and grafts in every open block; what is trained beside the gates
-    model, reports = build_choices(plans, args.global_seed)
+    model, reports = build_open(plans, args.choose, args.global_seed)
     settle(model, gates.settled())  # these blocks run one branch
-    adapted: list[str] = []
+    adapted, new = [], new_parts(plan, args.choose)
     if args.lora:
         alpha = 2 * args.lora_rank if args.lora_alpha is None else args.lora_alpha
-        adapted = add_lora(model, args.lora_rank, alpha, exclude=GRAFTED)
+        adapted = add_lora(model, args.lora_rank, alpha, exclude=new)
     for name, parameter in model.named_parameters():
-        is_update = "lora_" in name or any(text in name for text in GRAFTED)
-        parameter.requires_grad_(
-            name != "pos_embed" and args.delta_w and (not args.lora or is_update)
-        )
+        moves = not args.lora or "lora_" in name or any(text in f".{name}" for text in new)
+        parameter.requires_grad_(name != "pos_embed" and args.delta_w and moves)
     gated = GatedDiT(model, gates)
     gated.to(world.device).train()
 
@@ -104,7 +108,8 @@ def main(args: argparse.Namespace) -> None:
             log.info(line)
     if resumed is not None:
         log.info(f"resumed at step {start_step}")
-    log.info(f"groups {args.groups}, pinned {list(gates.pinned)}, {gates.variants} kinds of graft")
+    what = f"{len(gates.pairs)} pairs" if gates.pairs else f"{gates.variants} kinds of graft"
+    log.info(f"groups {args.groups}, pinned {list(gates.pinned)}, {what}")
     weights = [p for p in model.parameters() if p.requires_grad]
     log.info(
         f"training {count(gates.parameters())} gate logits and {count(weights):,} of "
@@ -236,9 +241,9 @@ def main(args: argparse.Namespace) -> None:
             gated.load_state_dict(ema.state_dict(), strict=True)
             written = save_merged(Path(args.save_model), model, average, plans)
             log.info(f"saved the merged model as {args.save_model}, to finetune by {written}")
-        log.info(f"keeps {answer['kept']}")
-        takes = f" as {answer['chosen']} of {answer['variants']}" if "chosen" in answer else ""
-        log.info(f"grafts {answer['grafted']}{takes}; next: --config {folder}/selected.yaml")
+        for line in summary(answer):
+            log.info(line)
+        log.info(f"next: --config {folder}/selected.yaml")
     log.close()
     distributed.barrier(world)
     distributed.stop()
@@ -261,17 +266,22 @@ def parse_args() -> argparse.Namespace:
     )
     add = parser.add_argument_group("selection").add_argument
     add(
+        "--choose",
+        choices=GROUPS,
+        help="between each block and its graft, or between each pair of blocks in sequence and in "
+        "parallel (unset: grafts, where the YAML has any)",
+    )
+    add(
         "--groups",
-        default="2:4",
-        help="N:M keeps N originals in every M blocks (1:2, 3:4, 7:14, ...); 2:4,1:8,... gives "
-        "each group its own",
+        help="N:M keeps N originals in every M blocks, or pairs (1:2, 3:4, 7:14, ...); 2:4,1:8,... "
+        "gives each group its own (unset: 2:4, of pairs 1:2)",
     )
     add(
         "--pin",
         type=int,
         nargs="*",
         default=[],
-        help="blocks to keep, beside those without a graft",
+        help="blocks to keep, beside those without a graft; pairs by their first block",
     )
     add("--delta-w", action="store_true", help="train weights too, not the gates alone")
     add("--lora", action="store_true", help="with --delta-w: LoRA on all but the grafts")

@@ -13,6 +13,7 @@ from PIL import Image
 from evaluation.readers import open_images
 from evaluation.report import LABELS, align, show
 from models.files import read_json, write_whole
+from models.selection import summary
 
 GRID = 64  # images of a grid
 THUMB = 128  # pixels, the largest side of a picture in a grid
@@ -353,8 +354,7 @@ def run_section(run: Path, number: int) -> Section:
     decision = run / "selection.json"
     if decision.is_file():
         answer = read_json(decision, "repeat the selection with --resume auto")
-        section.points.append(f"kept blocks: {' '.join(map(str, answer['kept']))}")
-        section.points.append(f"grafted blocks: {' '.join(map(str, answer['grafted']))}")
+        section.points += summary(answer)
         lowest = min(group["confidence"] for group in answer["groups"])
         section.points.append(f"lowest confidence of a group: {lowest:.2f}")
     return section

@@ -1,7 +1,7 @@
 """What a grafted model is: operators, their blocks, sizes and weight files; how two differ."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -83,6 +83,16 @@ class GraftPlan:
     def pair_of(self, block: int) -> tuple[int, int] | None:
         """The parallel pair that a block stands in."""
         return next((pair for pair in self.parallel_pairs if block in pair), None)
+
+    def with_pairs(self, firsts: Collection[int]) -> "GraftPlan":
+        """The plan with those of its parallel pairs that begin at these blocks."""
+        weights = {
+            (block, slot): file
+            for (block, slot), file in self.graft_weights.items()
+            if slot != PAIR or block in firsts
+        }
+        pairs = tuple(pair for pair in self.parallel_pairs if pair[0] in firsts)
+        return replace(self, parallel_pairs=pairs, graft_weights=weights)
 
     @property
     def input_size(self) -> int:

@@ -16,16 +16,18 @@ self-grafts it and as the original elsewhere, with a note.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from models.dit import DiT
+from models.graft_plan import PAIR
 from models.operators import build_operator
 from models.plan import Graft, GraftPlan, differences, load_plan, with_base
 from models.presets import build_model
-from models.restructure import parallelize
-from models.selection import GraftChoice, GraftPair
+from models.restructure import MERGES, parallelize
+from models.selection import GraftChoice, GraftPair, PairChoice
 from models.tensor_sources import LoadReport, TensorSources
 from models.weight_files import check_finite, check_slots, check_whole, refuse_selection
 from models.weights import SLOTS, read_checkpoint
@@ -36,9 +38,13 @@ __all__ = [
     "LoadReport",
     "build_choices",
     "build_grafted",
+    "build_open",
+    "build_open_pairs",
+    "gated_in",
     "graft",
     "load_plan",
     "load_trained",
+    "new_parts",
     "variants_of",
     "with_base",
 ]
@@ -96,6 +102,43 @@ def build_grafted(
     return model, report
 
 
+def gated_in(plans: Sequence[GraftPlan], choose: str) -> dict:
+    """What the gates choose between, as arguments of `LayerGates`.
+
+    Args:
+        plans: of --config and of --candidates.
+        choose: "grafts", as `variants_of`, or "pairs": which of the plan's parallel pairs stay in
+            sequence.
+
+    Raises:
+        ValueError: as `variants_of`; pairs of several plans, or of one that has none.
+    """
+    if choose == "grafts":
+        return {"variants": variants_of(plans)}
+    if len(plans) > 1:
+        raise ValueError(
+            "--candidates: grafts of several YAMLs compete for a block, but parallel pairs are "
+            "chosen from one: drop --candidates, or choose between grafts with --choose grafts"
+        )
+    if not plans[0].parallel_pairs:
+        raise ValueError(
+            f"{plans[0].path}: has no parallel pairs to choose from: name the candidates in its "
+            "restructure, as in restructure: parallel_pairs"
+        )
+    return {"pairs": plans[0].parallel_pairs}
+
+
+def new_parts(plan: GraftPlan, choose: str) -> tuple[str, ...]:
+    """What a model for selection has beyond its pretrained model, by texts in its tensors' names.
+
+    Grafted operators, and the merges of open pairs. Names are read with a dot before them.
+    """
+    if choose == "grafts":
+        return (".graft.", ".grafts.")
+    operators = (f".blocks.{b}.{SLOTS[g.slot]}." for g in plan.grafts for b in g.blocks)
+    return (".merge.", *operators)
+
+
 def variants_of(plans: Sequence[GraftPlan]) -> list[list[int]]:
     """For each block the plans that graft it, counted from 1: `LayerGates`' variants.
 
@@ -112,7 +155,10 @@ def variants_of(plans: Sequence[GraftPlan]) -> list[list[int]]:
         )
     for plan in plans:
         if not plan.grafts:
-            raise ValueError(f"{plan.path}: has no grafts; selection chooses between them")
+            raise ValueError(
+                f"{plan.path}: has no grafts; selection chooses between them, or with --choose "
+                "pairs between parallel pairs"
+            )
         for key in ("model_name", "image_size", "num_classes", "parallel_pairs"):
             first, value = getattr(plans[0], key), getattr(plan, key)
             if value != first:
@@ -156,6 +202,69 @@ def build_choices(plans: Sequence[GraftPlan], seed: int) -> tuple[DiT, list[Load
         original = held.original if isinstance(held, GraftPair) else held
         setattr(model.blocks[i], slot, GraftChoice(original, operators, takes))
     return model, reports
+
+
+def build_open(plans: Sequence[GraftPlan], choose: str, seed: int) -> tuple[DiT, list[LoadReport]]:
+    """The model for selection: `build_choices`, or with choose "pairs" `build_open_pairs`."""
+    if choose == "grafts":
+        return build_choices(plans, seed)
+    model, report = build_open_pairs(plans[0], seed)
+    return model, [report]
+
+
+def build_open_pairs(plan: GraftPlan, seed: int) -> tuple[DiT, LoadReport]:
+    """A model for selection among a plan's parallel pairs: a PairChoice stands for every merge.
+
+    In sequence run the blocks of the plan without its pairs. A pair whose file `graft_weights`
+    names is made of its own two blocks, from there; any other shares those that run in sequence,
+    and its merge starts as the sum. The plan's grafts stand in both. Fresh ones start from `seed`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `build_grafted`; a pair that the grafted checkpoint has
+            joined already, or whose file alone holds a graft, so that nothing could run in
+            sequence.
+    """
+    torch.manual_seed(seed)
+    joined, of_pairs = build_grafted(plan)
+    for pair in plan.parallel_pairs:
+        if of_pairs.sources[f"{MERGES}{pair[0]}.weight"] == "checkpoint":
+            raise ValueError(
+                f"{plan.path}: {plan.grafted_ckpt_path} holds the pair {list(pair)} in parallel, "
+                "and how its blocks run in sequence nowhere: choose from a model that has no "
+                "parallel pairs yet, with distilled ones in graft_weights"
+            )
+    torch.manual_seed(seed)
+    files = {place: file for place, file in plan.graft_weights.items() if place[1] != PAIR}
+    model, report = build_grafted(replace(plan, parallel_pairs=(), graft_weights=files))
+    sources = dict(report.sources)
+    for pair in plan.parallel_pairs:
+        merge, own = f"{MERGES}{pair[0]}.", {}
+        if (pair[0], PAIR) in plan.graft_weights:
+            _check_in_sequence(plan, pair, report)
+            own = {i: joined.blocks[i] for i in pair}
+        choice = PairChoice(joined.merges[str(pair[0])], own)
+        model.merges[str(pair[0])] = choice
+        for name in choice.state_dict():
+            sources[merge + name] = of_pairs.sources[
+                name if name.startswith("blocks.") else merge + name.removeprefix("merge.")
+            ]
+    resolved = {**of_pairs.resolved, **report.resolved}
+    return model, replace(report, sources=sources, resolved=resolved)
+
+
+def _check_in_sequence(plan: GraftPlan, pair: tuple[int, int], report: LoadReport) -> None:
+    """Raises ValueError for a graft that only the file of its parallel pair holds."""
+    for graft in plan.grafts:
+        for block in {*pair} & {*graft.blocks}:
+            place = f"blocks.{block}.{SLOTS[graft.slot]}."
+            starts = {source for name, source in report.sources.items() if name.startswith(place)}
+            if "fresh" in starts and plan.graft_init != "inherit":
+                raise ValueError(
+                    f"{plan.path}: graft_weights: {pair[0]}: the pair's file holds "
+                    f"{graft.operator} of block {block} for running in parallel alone; in sequence "
+                    "it would start anew: name a grafted_dit_ckpt_path that holds it, or say "
+                    "graft_init: inherit"
+                )
 
 
 def _grafts_of(model: DiT) -> dict[tuple[int, str], torch.nn.Module]:

@@ -8,6 +8,9 @@ for what block b would have seen of block a's change.
 
 Blocks keep their indices and the names of their tensors. The pair of blocks a and a + 1 adds
 `merges.<a>.weight` [D, 2D], the columns of block a first, and `merges.<a>.bias` [D].
+
+While the gates learn which pairs become parallel (models/selection.py), a PairChoice stands for the
+merge, and both ways to run the two blocks are computed and mixed.
 """
 
 import logging
@@ -19,7 +22,7 @@ import torch
 from torch import nn
 
 from models.operators.stacked import linear_both, obstacle, run_both
-from models.selection import run_slot
+from models.selection import PairChoice, mix, run_slot
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +94,7 @@ def pair_change(
     c: torch.Tensor,
     first: nn.Module,
     second: nn.Module,
-    merge: nn.Linear,
+    merge: nn.Linear | PairChoice,
     shares: Sequence[torch.Tensor | None] = (None, None),
 ) -> torch.Tensor:
     """What a parallel pair adds to its input: W [F_a; F_b] + b, both branches at once.
@@ -100,12 +103,15 @@ def pair_change(
         x: tokens [B,T,D].
         c: condition [B,D].
         first, second: DiTBlocks; operators that cannot run as one run one after the other.
-        merge: W and b.
+        merge: W and b, or the open choice between W [F_a; F_b] + b and the blocks in sequence.
         shares: the keep of each block, see `DiT.forward`.
 
     Returns:
         [B,T,D].
     """
+    if isinstance(merge, PairChoice):
+        at_once = pair_change(x, c, *merge.parallel(first, second), merge.merge)
+        return mix(second(first(x, c), c) - x, at_once, shares[0])
     silu, linear = first.adaLN_modulation
     condition = silu(c).expand(2, -1, -1)  # 2 B D
     parts = linear_both(linear, second.adaLN_modulation[1], condition).unsqueeze(2)

@@ -2,7 +2,8 @@
 
 A slot whose fate is open holds a GraftPair, or a GraftChoice where several grafts compete;
 LayerGates holds one distribution per local group of blocks over the ways to keep N of its M
-originals, drawn with a hard Gumbel softmax as in TinyFusion (arXiv 2412.01199).
+originals, drawn with a hard Gumbel softmax as in TinyFusion (arXiv 2412.01199). The same gates
+choose which pairs of neighbouring blocks run in parallel; an open pair holds a PairChoice.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,14 +29,21 @@ class GraftPair(nn.Module):
         self.graft = graft
 
     def forward(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-        if keep is None or keep.ndim > 1:
-            raise ValueError(
-                "this model holds graft pairs: pass keep, [depth] or [B, depth], to choose "
-                "between original (1) and graft (0)"
-            )
-        original, graft = self.original(x), self.graft(x)
-        m = keep.to(torch.float32).reshape(-1, 1, 1)  # 1 1 1 or B 1 1
-        return (m * original + (1 - m) * graft).to(original.dtype)
+        return mix(self.original(x), self.graft(x), keep)
+
+
+def mix(original: torch.Tensor, graft: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+    """m * original + (1 - m) * graft, both [B,T,D], with m = keep, 0-d or [B].
+
+    ValueError without a keep.
+    """
+    if keep is None or keep.ndim > 1:
+        raise ValueError(
+            "this model holds graft pairs: pass keep, [depth] or [B, depth], to choose "
+            "between original (1) and graft (0)"
+        )
+    m = keep.to(torch.float32).reshape(-1, 1, 1)  # 1 1 1 or B 1 1
+    return (m * original + (1 - m) * graft).to(original.dtype)
 
 
 class GraftChoice(nn.Module):
@@ -74,6 +82,24 @@ class GraftChoice(nn.Module):
         return y.to(original.dtype)
 
 
+class PairChoice(nn.Module):
+    """What `DiT.merges` holds of a pair of blocks while it is open whether they run in parallel.
+
+    merge: the pair's linear map. blocks: both blocks as the parallel pair has them, by their index,
+    where it has its own; without, it shares those that run in sequence. `pair_change` of
+    models/restructure.py runs it; keep of the pair's first block is 1 in sequence, 0 in parallel.
+    """
+
+    def __init__(self, merge: nn.Linear, blocks: Mapping[int, nn.Module] | None = None):
+        super().__init__()
+        self.merge = merge
+        self.blocks = nn.ModuleDict({str(i): block for i, block in (blocks or {}).items()})
+
+    def parallel(self, *shared: nn.Module) -> tuple[nn.Module, ...]:
+        """The two blocks of the parallel pair, given those that run in sequence."""
+        return tuple(self.blocks.values()) or shared
+
+
 def run_slot(slot: nn.Module, h: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
     """What a slot gives for its input h [B,T,D]; only an open slot reads keep."""
     return slot(h, keep) if isinstance(slot, (GraftPair, GraftChoice)) else slot(h)
@@ -88,10 +114,14 @@ class LayerGates(nn.Module):
     variants: for each block the numbers (from 1) of the variants that may stand in for the original
     one, for a choice between several grafts; without any, a block is pinned. None: variant 1 alone,
     everywhere.
+    pairs: gates these pairs of blocks in place of blocks: a kept pair runs in sequence, variant 1
+    in parallel. `groups` then counts pairs, and a pair goes by its first block, in `pinned` as in
+    what the methods give.
 
     .gumbel_gates[g] [1, options] are the only parameters; .options[g] [options, M] the choices in
     lexicographic order of the kept blocks, 1 = keeps the original; .choices[g] [options, M] the
-    same by variant, 0 = keeps the original; .spans[g] = (first block, one past the last).
+    same by variant, 0 = keeps the original; .spans[g] = (first, one past the last) of what it
+    gates, counted in `.blocks`, the names of all that is gated.
     ValueError for groups or pinned blocks that do not fit.
     """
 
@@ -102,28 +132,38 @@ class LayerGates(nn.Module):
         pinned: Sequence[int] = (),
         init: float = 0.02,
         variants: Sequence[Sequence[int]] | None = None,
+        pairs: Sequence[tuple[int, int]] | None = None,
     ):
         super().__init__()
         self.depth = depth
-        self.groups = parse_groups(groups, depth)
-        outside = [block for block in sorted(set(pinned)) if not 0 <= block < depth]
-        if outside:
+        self.pairs = None if pairs is None else tuple(pairs)
+        self.blocks = tuple(range(depth)) if pairs is None else tuple(a for a, _ in pairs)
+        self.register_buffer("places", torch.tensor(self.blocks), persistent=False)
+        unit = "blocks" if pairs is None else "pairs"
+        self.groups = parse_groups(groups, len(self.blocks), unit)
+        outside = [block for block in sorted(set(pinned)) if block not in self.blocks]
+        if outside and pairs is None:
             raise ValueError(f"pinned blocks {outside} are outside the model: legal 0..{depth - 1}")
-        variants = [(1,)] * depth if variants is None else variants
-        self.pinned = tuple(b for b in range(depth) if b in pinned or not variants[b])
+        if outside:
+            raise ValueError(
+                f"pinned pairs {outside}: no pair begins at these blocks; legal: "
+                f"{list(self.blocks)}"
+            )
+        variants = [(1,)] * len(self.blocks) if variants is None else variants
+        named = list(zip(self.blocks, variants, strict=True))
+        legal = [() if b in pinned else tuple(some) for b, some in named]
+        self.pinned = tuple(b for b, some in zip(self.blocks, legal, strict=True) if not some)
         self.variants = max((v for some in variants for v in some), default=1)
 
         self.spans = []
         self.gumbel_gates = nn.ParameterList()
         first = 0
         for g, (keep, size) in enumerate(self.groups):
-            span = range(first, first + size)
-            legal = [() if b in self.pinned else tuple(variants[b]) for b in span]
-            choices = _choices(keep, legal, g)
+            choices = _choices(keep, legal[first : first + size], g, unit)
             self.register_buffer(f"choices_{g}", choices, persistent=False)
             self.register_buffer(f"options_{g}", (choices == 0).float(), persistent=False)
             self.gumbel_gates.append(nn.Parameter(torch.full((1, len(choices)), float(init))))
-            self.spans.append((span.start, span.stop))
+            self.spans.append((first, first + size))
             first += size
 
     @property
@@ -140,7 +180,7 @@ class LayerGates(nn.Module):
         for choices, (first, _) in zip(self.choices, self.spans, strict=True):
             for i, column in enumerate(choices.T):
                 if (column == column[0]).all():
-                    agreed[first + i] = int(column[0])
+                    agreed[self.blocks[first + i]] = int(column[0])
         return agreed
 
     def draw(
@@ -152,7 +192,8 @@ class LayerGates(nn.Module):
     ) -> torch.Tensor:
         """Draws one option per sample and group -> keep [B, depth], exactly 0 or 1.
 
-        With several variants, keep is [B, depth, 1 + variants], one-hot over the last dimension.
+        Blocks that are not gated have 1. With several variants, keep is [B, depth, 1 + variants],
+        one-hot over the last dimension.
 
         softmax((logits * scaling + gumbel noise) / tau), hard in the forward pass and soft in the
         backward pass. uniform: per group the numbers in (0, 1), [B, options], that make the noise;
@@ -183,7 +224,13 @@ class LayerGates(nn.Module):
                 # this order of terms keeps the forward value exactly one-hot
                 weights = hard + (soft - soft.detach())
                 keep.append((weights @ table.flatten(1)).unflatten(1, table.shape[1:]))
-        return torch.cat(keep, dim=1)
+        return self._spread(torch.cat(keep, dim=1))
+
+    def _spread(self, keep: torch.Tensor) -> torch.Tensor:
+        """From [..., gated] to [..., depth], where all that is not gated is kept."""
+        if self.pairs is None:
+            return keep
+        return keep.new_ones(*keep.shape[:-1], self.depth).index_copy(-1, self.places, keep)
 
     def _tables(self) -> list[torch.Tensor]:
         """What each option means to a model: [options, M], or [options, M, 1 + variants]."""
@@ -196,13 +243,13 @@ class LayerGates(nn.Module):
         return [F.softmax(gate[0] * scaling, dim=-1) for gate in self.gumbel_gates]
 
     def chosen(self) -> list[int]:
-        """Per block the variant of its group's most likely option, 0 the original; no noise."""
+        """Of each of `blocks` the variant of its group's most likely option, 0 the original."""
         best = [c[g[0].argmax()] for g, c in zip(self.gumbel_gates, self.choices, strict=True)]
         return torch.cat(best).tolist()
 
     def taking(self, variant: int) -> list[int]:
         """Sorted indices of the blocks for which `chosen` says this variant."""
-        return [block for block, taken in enumerate(self.chosen()) if taken == variant]
+        return [b for b, taken in zip(self.blocks, self.chosen(), strict=True) if taken == variant]
 
     def decide(self) -> list[int]:
         """Sorted indices of the blocks that keep their original, by `chosen`."""
@@ -212,7 +259,7 @@ class LayerGates(nn.Module):
         """`chosen()` as a keep: [depth], or [1, depth, 1 + variants]; 1 keeps the original."""
         chosen = torch.tensor(self.chosen(), device=self.gumbel_gates[0].device)
         if self.variants == 1:
-            return (chosen == 0).to(torch.float32)
+            return self._spread((chosen == 0).to(torch.float32))
         return F.one_hot(chosen, 1 + self.variants).to(torch.float32)[None]
 
     def extra_repr(self) -> str:
@@ -220,8 +267,9 @@ class LayerGates(nn.Module):
         return f"depth={self.depth}, groups={spec}, pinned={self.pinned}"
 
 
-def parse_groups(groups: str, depth: int) -> list[tuple[int, int]]:
-    """Reads "N:M" or "N:M,N:M,..." into one (N, M) per group, covering `depth` blocks exactly."""
+def parse_groups(groups: str, depth: int, unit: str = "blocks") -> list[tuple[int, int]]:
+    """Reads "N:M" or "N:M,N:M,..." into one (N, M) per group, covering `depth` units exactly."""
+    total = f"the depth {depth}" if unit == "blocks" else f"the {depth} {unit}"
     parsed = []
     for part in groups.split(","):
         keep, colon, size = part.strip().partition(":")
@@ -232,7 +280,7 @@ def parse_groups(groups: str, depth: int) -> list[tuple[int, int]]:
         keep, size = int(keep), int(size)
         if size == 0 or keep > size:
             raise ValueError(
-                f"groups {groups!r}: cannot keep {keep} of {size} blocks: N must be at most M and "
+                f"groups {groups!r}: cannot keep {keep} of {size} {unit}: N must be at most M and "
                 "M at least 1"
             )
         parsed.append((keep, size))
@@ -241,20 +289,20 @@ def parse_groups(groups: str, depth: int) -> list[tuple[int, int]]:
         if depth % size:
             divisors = [m for m in range(1, depth + 1) if depth % m == 0]
             raise ValueError(
-                f"groups {groups!r}: {size} does not divide the depth {depth}: choose M from "
+                f"groups {groups!r}: {size} does not divide {total}: choose M from "
                 f"{divisors}, or list every group as in 2:4,1:4 so that the sizes add up to {depth}"
             )
         return parsed * (depth // size)
     covered = sum(size for _, size in parsed)
     if covered != depth:
         raise ValueError(
-            f"groups {groups!r} cover {covered} blocks but the model has {depth}: make the sizes "
+            f"groups {groups!r} cover {covered} {unit} but the model has {depth}: make the sizes "
             f"add up to {depth}"
         )
     return parsed
 
 
-def _choices(keep: int, variants: list[tuple[int, ...]], group: int) -> torch.Tensor:
+def _choices(keep: int, variants: list[tuple[int, ...]], group: int, unit: str) -> torch.Tensor:
     """[options, M] of the variant of each block, 0 its original: every way to keep `keep` of them.
 
     variants: for each block what may stand in for its original; a block without any is kept.
@@ -263,7 +311,7 @@ def _choices(keep: int, variants: list[tuple[int, ...]], group: int) -> torch.Te
     pinned = [i for i, legal in enumerate(variants) if not legal]
     if len(pinned) > keep:
         raise ValueError(
-            f"group {group} keeps {keep} of {size} blocks but {len(pinned)} of them are pinned or "
+            f"group {group} keeps {keep} of {size} {unit} but {len(pinned)} of them are pinned or "
             f"have no graft: at most {keep} may, or raise N"
         )
     ways = [1] + [0] * keep  # ways[k]: with k originals kept among the blocks counted so far
@@ -271,7 +319,7 @@ def _choices(keep: int, variants: list[tuple[int, ...]], group: int) -> torch.Te
         ways = [len(legal) * n + (ways[k - 1] if k else 0) for k, n in enumerate(ways)]
     if ways[keep] > MAX_OPTIONS:
         raise ValueError(
-            f"group {group} has {ways[keep]} ways to keep {keep} of {size} blocks, more than "
+            f"group {group} has {ways[keep]} ways to keep {keep} of {size} {unit}, more than "
             f"{MAX_OPTIONS}: use smaller groups, such as 2:4"
         )
     # pinned blocks are in every choice, so that they do not change the order of the others
@@ -289,7 +337,8 @@ def _choices(keep: int, variants: list[tuple[int, ...]], group: int) -> torch.Te
 def settle(dit: nn.Module, chosen: Mapping[int, int]) -> None:
     """Ends the choice, in place: in block b only the operators of variant chosen[b] stay.
 
-    Variant 0 is the original block, 1 the graft of a GraftPair.
+    Variant 0 is the original block, 1 the graft of a GraftPair. Where an open pair begins at b, 0
+    leaves its blocks in sequence, and 1 puts the parallel pair in their place.
     """
     for i, variant in chosen.items():
         block = dit.blocks[i]
@@ -298,10 +347,17 @@ def settle(dit: nn.Module, chosen: Mapping[int, int]) -> None:
                 setattr(block, slot, operator.graft if variant else operator.original)
             elif isinstance(operator, GraftChoice):
                 setattr(block, slot, operator.operator(variant))
+        pair = dict(dit.merges).get(str(i))
+        if isinstance(pair, PairChoice):
+            del dit.merges[str(i)]
+            if variant:
+                dit.merges[str(i)] = pair.merge
+                for index, own in pair.blocks.items():
+                    dit.blocks[int(index)] = own
 
 
 class GatedDiT(nn.Module):
-    """A DiT whose slots hold graft pairs, and the gates that choose between them, as one module.
+    """A DiT whose slots or pairs are open, and the gates that choose for them, as one module.
 
     In training every sample draws its own blocks; that takes `tau`, `scaling` and `uniform` [B, all
     options, group after group], see `LayerGates.draw`. In eval mode the most likely blocks are
@@ -332,3 +388,17 @@ class GatedDiT(nn.Module):
             sizes = [gate.shape[1] for gate in self.gates.gumbel_gates]
             keep = self.gates.draw(tau, scaling, list(uniform.split(sizes, dim=1)))  # B depth
         return self.dit(x, t, y, keep=keep, drop=drop)
+
+
+def summary(answer: dict) -> list[str]:
+    """What a selection.json decides, in lines for logs and pages."""
+    takes = f" as {answer['chosen']} of {answer['variants']}" if "chosen" in answer else ""
+    if "pairs" in answer:
+        return [
+            f"pairs {words}: {' '.join(f'{a}+{b}' for a, b in answer['pairs'][key]) or 'none'}"
+            for key, words in (("sequential", "in sequence"), ("parallel", "in parallel"))
+        ]
+    return [
+        f"kept blocks: {' '.join(map(str, answer['kept'])) or 'none'}",
+        f"grafted blocks: {' '.join(map(str, answer['grafted'])) or 'none'}{takes}",
+    ]

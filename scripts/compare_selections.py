@@ -5,7 +5,8 @@
 
 Prints a column a block and a line a run (K keeps the original, g takes the graft, 2, 3, ... a graft
 of --candidates), the share of runs that keep each block, and per group how many runs chose its most
-frequent option. For runs over the same model and groups.
+frequent option. For runs over the same model and groups. Pairs of blocks go by their first block: K
+runs in sequence, g in parallel.
 """
 
 import argparse
@@ -40,13 +41,14 @@ def compare(answers: list[dict]) -> dict:
     """What the runs share, as plain data.
 
     Returns:
-        "kept_share": per block the share of runs that keep it; "groups": per group its blocks, its
+        "blocks": those that were in question, "kept_share": per block of these the share of runs
+        that keep it; "groups": per group its blocks, its
         most frequent choice and in how many runs; "unanimous": share of the blocks that all runs
         treat alike; "pairwise": mean share of two runs' kept blocks that they have in common;
         "by_chance": that share for two independent uniform choices.
     """
     choices = [choice(answer) for answer in answers]
-    depth = len(choices[0])
+    blocks = list(choices[0])
     groups = []
     for g, group in enumerate(answers[0]["groups"]):
         span = group["blocks"]
@@ -59,19 +61,20 @@ def compare(answers: list[dict]) -> dict:
     pairs = [len(a & b) / max(1, len(a)) for a, b in combinations(kept, 2)]
     return {
         "runs": len(answers),
-        "kept_share": [sum(c[b] == 0 for c in choices) / len(choices) for b in range(depth)],
+        "blocks": blocks,
+        "kept_share": [sum(c[b] == 0 for c in choices) / len(choices) for b in blocks],
         "groups": groups,
-        "unanimous": sum(len({c[b] for c in choices}) == 1 for b in range(depth)) / depth,
+        "unanimous": sum(len({c[b] for c in choices}) == 1 for b in blocks) / len(blocks),
         "pairwise": sum(pairs) / len(pairs),
         "by_chance": chance(answers[0]),
     }
 
 
-def choice(answer: dict) -> list[int]:
-    """Per block 0 where the original is kept, else the variant."""
+def choice(answer: dict) -> dict[int, int]:
+    """Block -> 0 where the original is kept, else the variant."""
     variants = {int(b): v for b, v in answer.get("chosen", {}).items()}
-    depth = len(answer["kept"]) + len(answer["grafted"])
-    return [0 if b in answer["kept"] else variants.get(b, 1) for b in range(depth)]
+    blocks = sorted(answer["kept"] + answer["grafted"])
+    return {b: 0 if b in answer["kept"] else variants.get(b, 1) for b in blocks}
 
 
 def chance(answer: dict) -> float:
@@ -98,10 +101,10 @@ def main(args: argparse.Namespace) -> None:
         args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     marks = {0: "K", 1: "g"}
     width = max(len(str(path)) for path in args.runs)
-    depth = len(found["kept_share"])
-    print(" " * width, " ".join(f"{b:3d}" for b in range(depth)))
+    print(" " * width, " ".join(f"{b:3d}" for b in found["blocks"]))
     for path, answer in zip(args.runs, answers, strict=True):
-        print(f"{path!s:{width}}", " ".join(f"{marks.get(v, str(v)):>3}" for v in choice(answer)))
+        taken = choice(answer).values()
+        print(f"{path!s:{width}}", " ".join(f"{marks.get(v, str(v)):>3}" for v in taken))
     print(f"{'% kept':{width}}", " ".join(f"{round(100 * s):3d}" for s in found["kept_share"]))
     for group in found["groups"]:
         low, high = min(group["confidence"]), max(group["confidence"])

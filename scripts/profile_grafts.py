@@ -1,18 +1,22 @@
-"""What grafts cost: parameters, FLOPs and, on a GPU, latency, against the plain model.
+"""What grafts and parallel pairs cost: parameters, FLOPs and latency, against the plain model.
 
     python scripts/profile_grafts.py configs/50p_swa.yaml configs/75p_mamba2.yaml
     python scripts/profile_grafts.py --latency --batch 32 configs/50p_graftfusion75_swa.yaml
     python scripts/profile_grafts.py --latency --batch 1 configs/pixart_hyena_x*.yaml
+    python scripts/profile_grafts.py configs/parallel_pairs.yaml --latency --batch 1 2 32
     python scripts/profile_grafts.py --table      # the grafting paper's table of costs, and ours
     python scripts/profile_grafts.py --json ...   # any of these, for machines
 
-Prints Markdown; models/costs.py says what is counted. No weight files are read.
+Prints Markdown; models/costs.py says what is counted. No weight files are read. Latency is that of
+the GPU, or without one of the CPU.
 """
 
 import argparse
 import json
 import statistics
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,8 +32,7 @@ from models.presets import blank_condition
 from training import arguments, distributed, precision
 from training.compilation import compile_models, graphed
 
-WARM_FORWARDS = 10
-TIMED_FORWARDS = 50
+FORWARDS = {"cuda": (10, 50), "cpu": (2, 10)}  # to warm up, and timed
 WEIGHT_STD = 0.02  # latency does not depend on the weights; these keep all values finite
 
 FOOTNOTES = """\
@@ -48,8 +51,6 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("give either --table or graft YAMLs")
     if args.table and args.latency:
         raise ValueError("--latency times the models of graft YAMLs: name some instead of --table")
-    if args.latency and not torch.cuda.is_available():
-        raise ValueError("--latency needs a CUDA device, and none is visible: drop it")
     if args.table:
         rows, show = costs.paper_table(), table_text
     else:
@@ -61,8 +62,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 def profile(plans: list[GraftPlan], args: argparse.Namespace) -> list[dict]:
-    """One row a plan: "parameters", "gmac", "gflop" of one image's forward, "latency_ms" of a
-    batch's or None, the same of the plain model under "plain", and "changes" of the slots in %."""
+    """One row a plan: "parameters", "gmac", "gflop" of one image's forward, "latency_ms" by batch
+    size or None, the same of the plain model under "plain", and "changes" of the slots in %."""
     plains: dict[tuple, dict] = {}
     rows = []
     for plan in plans:
@@ -85,15 +86,15 @@ def measure(plan: GraftPlan, args: argparse.Namespace) -> dict:
         "parameters": cost.parameters,
         "gmac": cost.work.multiply_adds / 1e9,
         "gflop": cost.work.flops / 1e9,
-        "latency_ms": latency(plan, args) if args.latency else None,
+        "latency_ms": {n: latency(plan, n, args) for n in args.batch} if args.latency else None,
     }
 
 
-def latency(plan: GraftPlan, args: argparse.Namespace) -> float:
-    """Median milliseconds of a forward of `--batch` samples on the GPU, warm, by CUDA events."""
+def latency(plan: GraftPlan, batch: int, args: argparse.Namespace) -> float:
+    """Median milliseconds of a forward of `batch` samples, warm."""
     torch.compiler.reset()
-    world = distributed.start("cuda")
-    device, batch = world.device, args.batch
+    world = distributed.start(args.device)
+    device = world.device
     model = costs.meta_model(plan).to_empty(device=device).eval()
     generator = torch.Generator(device).manual_seed(0)
     for parameter in model.parameters():
@@ -109,29 +110,36 @@ def latency(plan: GraftPlan, args: argparse.Namespace) -> float:
     x = torch.randn(batch, model.in_channels, side, side, device=device, generator=generator)
     t = torch.full((batch,), 500, device=device)
     y = blank_condition(plan, batch, device)
-    times = []
-    with (
-        torch.inference_mode(),
-        precision.autocast(device, dtype),
-    ):
-        for i in range(WARM_FORWARDS + TIMED_FORWARDS):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            forward(x=x, t=t, y=y)
-            end.record()
-            end.synchronize()
-            if i >= WARM_FORWARDS:
-                times.append(start.elapsed_time(end))
-    return statistics.median(times)
+    timed = on_cuda if device.type == "cuda" else on_cpu
+    warm, counted = FORWARDS[device.type]
+    with torch.inference_mode(), precision.autocast(device, dtype):
+        times = [timed(lambda: forward(x=x, t=t, y=y)) for _ in range(warm + counted)]
+    return statistics.median(times[warm:])
+
+
+def on_cuda(work: Callable[[], object]) -> float:
+    """Milliseconds of the device's work, by CUDA events."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def on_cpu(work: Callable[[], object]) -> float:
+    """Milliseconds by the clock."""
+    start = time.perf_counter()
+    work()
+    return 1000 * (time.perf_counter() - start)
 
 
 def profile_text(rows: list[dict]) -> str:
-    timed = rows[0]["latency_ms"] is not None
-    head = ["config", "parameters", "x plain", "GMAC", "x plain", "GFLOP", "x plain"]
-    lines = [head + ["ms", "x plain"] * timed]
-    keys = {"parameters": ",", "gmac": ".2f", "gflop": ".2f"}
-    if timed:
-        keys["latency_ms"] = ".2f"
+    keys = {"parameters": ("parameters", ","), "GMAC": ("gmac", ".2f"), "GFLOP": ("gflop", ".2f")}
+    batches = list(rows[0]["latency_ms"] or ())
+    lines = [["config"]]
+    for title in [*keys, *(f"ms at batch {n}" for n in batches)]:
+        lines[0] += [title, "x plain"]
     shown = []
     for row in rows:
         for name, cost in (("plain", row["plain"]), (row["config"], row)):
@@ -139,8 +147,11 @@ def profile_text(rows: list[dict]) -> str:
                 continue
             shown.append(cost)
             cells = [name]
-            for key, form in keys.items():
+            for key, form in keys.values():
                 cells += [format(cost[key], form), f"{cost[key] / row['plain'][key]:.4f}"]
+            for n in batches:
+                ms, plain = (side["latency_ms"][n] for side in (cost, row["plain"]))
+                cells += [f"{ms:.2f}", f"{ms / plain:.4f}"]
             lines.append(cells)
     parts = ["GMAC and GFLOP: one image's forward, full count.", markdown(lines)]
     head = ["config", "slot", "op: rule", "full", "ft: rule", "full", "params"]
@@ -204,9 +215,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("configs", nargs="*", metavar="config", help="graft YAMLs")
     add("--table", action="store_true", help="the cost table of arXiv 2506.05340 for DiT-XL/2")
     add("--json", action="store_true", help="print JSON")
-    add("--latency", action="store_true", help="time forwards, too; needs CUDA")
-    add("--batch", type=arguments.positive, default=32, help="samples a timed forward")
-    add("--precision", choices=("bf16", "fp32"), help="of timed forwards (unset: bf16)")
+    add("--latency", action="store_true", help="time forwards, too")
+    add(
+        "--batch",
+        type=arguments.positive,
+        nargs="+",
+        default=[32],
+        metavar="N",
+        help="samples a timed forward; each size has its column",
+    )
+    add("--device", help="of timed forwards: cuda, cuda:1 or cpu (unset: cuda where there is any)")
+    add(
+        "--precision",
+        choices=("bf16", "fp32"),
+        help="of timed forwards (unset: bf16, on the CPU fp32)",
+    )
     add(
         "--compile",
         action=argparse.BooleanOptionalAction,

@@ -3,20 +3,25 @@ r"""Parallel pairs against the whole model and half of its blocks: raw results a
     python scripts/restructuring_study.py run --work runs/restructuring --jobs 14
     python scripts/restructuring_study.py report
 
-Four models of the miniature testbed, all from the same pretrained weights:
+Models of the miniature testbed, all from the same pretrained weights:
 
-    sequential   28 blocks, as they are
-    sum          14 parallel pairs whose merges add both blocks
-    distilled    the same after Stage 1
-    dropped      14 blocks: every second one is left out
+    sequential         28 blocks, as they are
+    sum                14 parallel pairs whose merges add both blocks
+    distilled          the same after Stage 1
+    dropped            14 blocks: every second one is left out
+    half-learned       7 of the distilled pairs in parallel, the other blocks as they are; which
+                       ones, prune_by_learning.py learns
+    half-interleaved   every second pair
+    half-random        seven drawn by the seed
 
-`run` measures each as it is and after the same finetuning, and samples and scores it, by the
-ordinary entries. Each finished case is one small JSON in --results; started again, it makes the
-cases that are missing. `report` turns the JSONs into the table of docs/restructuring.md (between
-its two markers).
+`run` measures the first four as they are, gives all the same finetuning, and samples and scores
+them, by the ordinary entries. Each finished case is one small JSON in --results; started again, it
+makes the cases that are missing. `report` turns the JSONs into the table of docs/restructuring.md
+(between its two markers).
 """
 
 import argparse
+import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
@@ -28,16 +33,19 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from latents.loader import epoch_order
 from models import costs
-from models.files import write_whole
-from models.plan import load_plan, read_yaml
+from models.files import read_json, write_whole
+from models.plan import load_plan, read_yaml, write_plan
 from models.weights import read_state
 from scripts import testbed
-from scripts.testbed import BASE, METRICS, REPOSITORY
+from scripts.guess_plans import interleave
+from scripts.testbed import BASE, METRICS, REPOSITORY, entry
 from training import arguments, distributed
 
 RESULTS = REPOSITORY / "docs" / "results" / "restructuring"
 STARTS = ("sequential", "sum", "distilled", "dropped")
+HALVES = ("half-learned", "half-interleaved", "half-random")
 TRAININGS = {"none": "as it starts", "finetune": "finetuned"}
 HALF = "DiT-Mini-D14/2"
 
@@ -81,13 +89,41 @@ def distill(args: argparse.Namespace) -> None:
         testbed.distill(plan, f"pairs-{seed}", seed, args, "--lr", args.distill_lr)
 
 
+def choose(
+    half: str, distilled: Path, seed: int, gpu: int, args: argparse.Namespace
+) -> tuple[Path, dict | None]:
+    """The YAML of a plan with half of the distilled pairs, and the gates' answer where they chose
+    them."""
+    plan = load_plan(distilled)
+    firsts = [pair[0] for pair in plan.parallel_pairs]
+    if half == "half-learned":
+        entry(
+            "prune_by_learning.py", "--config", distilled, *testbed.data_flags(args, seed),
+            "--prefix", f"{half}-{seed}", "--delta-w", "--lora", "--lr", 3e-4, "--gate-lr", 3e-3,
+            "--max-steps", args.selection_steps, "--ema-decay", 0.99, *args.selection_flags,
+            gpu=gpu,
+        )  # fmt: skip
+        run = args.work / "runs" / f"{half}-{seed}-DiT-Mini-2"
+        return run / "selected.yaml", read_json(run / "selection.json", "rerun")
+    if half == "half-random":
+        chosen = epoch_order(len(firsts), seed, epoch=0).tolist()[: len(firsts) // 2]
+    else:
+        chosen = interleave(range(len(firsts)), len(firsts) // 2, len(firsts))
+    path = args.work / "plans" / f"{half}-{seed}.yaml"
+    write_plan(plan.with_pairs([firsts[i] for i in chosen]), path, {})
+    return path, None
+
+
 def make(case: tuple[str, str, int], gpu: int, args: argparse.Namespace) -> dict:
     """One case; its result as plain data."""
     start, training, seed = case
-    name, weights = "-".join(map(str, case)), []
+    name, weights, answer = "-".join(map(str, case)), [], None
     plan = args.work / "plans" / f"{start}.yaml"
+    distilled = args.work / "runs" / f"distill-pairs-{seed}-DiT-Mini-2" / "distilled.yaml"
     if start == "distilled":
-        plan = args.work / "runs" / f"distill-pairs-{seed}-DiT-Mini-2" / "distilled.yaml"
+        plan = distilled
+    elif start in HALVES:
+        plan, answer = choose(start, distilled, seed, gpu, args)
     if training == "none":
         losses = testbed.losses(plan, name, seed, args, gpu=gpu)
     else:
@@ -99,6 +135,8 @@ def make(case: tuple[str, str, int], gpu: int, args: argparse.Namespace) -> dict
         "training": training,
         "seed": seed,
         "layers": len(costs.meta_model(load_plan(plan)).layers),
+        "pairs": [list(pair) for pair in load_plan(plan).parallel_pairs],
+        "confidence": answer and [group["confidence"] for group in answer["groups"]],
         "parameters": model.parameters,
         "gmac": model.work.multiply_adds / 1e9,
         **losses,
@@ -110,11 +148,14 @@ def run(args: argparse.Namespace) -> None:
     testbed.encode(args.work)
     write_plans(args.work / "plans")
     wanted = [(s, training, seed) for seed in args.seeds for training in TRAININGS for s in STARTS]
-    names = ("steps", "distill_steps", "distill_lr", "batch", "num_samples", "train_flags")
+    wanted += [(half, "finetune", seed) for seed in args.seeds for half in HALVES]
+    stage_one = partial(distill, args)
+    names = ("steps", "distill_steps", "distill_lr", "selection_steps", "selection_flags")
+    names += ("batch", "num_samples", "train_flags")
     testbed.run_cases(
         wanted,
         lambda case, gpu: make(case, gpu, args),
-        {"distilled": partial(distill, args)},
+        dict.fromkeys(("distilled", *HALVES), stage_one),
         args,
         {name: getattr(args, name) for name in names},
     )
@@ -128,7 +169,7 @@ def report(args: argparse.Namespace) -> None:
     head = testbed.headline(records)
     rows = []
     for training, words in TRAININGS.items():
-        for start in STARTS:
+        for start in (*STARTS, *HALVES):
             if found := groups.get((start, training)):
                 about = found[0]
                 sizes = [f"{about['parameters'] / 1e6:.2f} M", f"{about['gmac']:.2f}"]
@@ -136,6 +177,14 @@ def report(args: argparse.Namespace) -> None:
                 rows.append([start, words, str(about["layers"]), *sizes, str(len(found)), *cells])
     columns = ["model", "trained", "layers", "parameters", "GMAC", "cases", *METRICS.values()]
     text = f"{head}\n\n{testbed.table(columns, rows)}"
+    for record in groups["half-learned", "finetune"]:
+        pairs = " ".join(f"{a}+{b}" for a, b in record["pairs"])
+        low, high = min(record["confidence"]), max(record["confidence"])
+        steps = record["settings"]["selection_steps"]
+        text += (
+            f"\n\nSeed {record['seed']}: after {steps} steps of selection the gates made {pairs} "
+        )
+        text += f"parallel, with a confidence of {low:.2f} to {high:.2f}."
     testbed.write_tables(REPOSITORY / "docs" / "restructuring.md", Path(__file__).name, text)
 
 
@@ -143,6 +192,10 @@ def parse_args() -> argparse.Namespace:
     parser, command = testbed.parser(__doc__, RESULTS, run, report)
     command.add_argument(
         "--distill-lr", type=arguments.rate, default=3e-4, help="learning rate of Stage 1"
+    )
+    command.add_argument("--selection-steps", type=arguments.positive, default=600)
+    command.add_argument(
+        "--selection-flags", type=shlex.split, default=[], help="one string, for selection"
     )
     return parser.parse_args()
 

@@ -155,13 +155,14 @@ def run_cases(
         cases: tuples of words and numbers, the names of their results; the first says what must be
             prepared for it.
         make: gives a case's result; its second argument is a number for `entry`'s gpu.
-        prepare: what to do before the first case of a kind, `args.jobs` of them at a time.
+        prepare: what to do before the first case of a kind, `args.jobs` of them at a time; once,
+            where several kinds name the same.
         settings: what every result of the study shares; written into each.
     """
     args.results.mkdir(parents=True, exist_ok=True)
     names = {"-".join(map(str, case)): case for case in cases}
     missing = [n for n in names if not is_made(args.results / f"{n}.json", settings)]
-    needed = {names[name][0] for name in missing} & prepare.keys()
+    needed = sorted({names[name][0] for name in missing} & prepare.keys())
 
     def finish(name: str, gpu: int, prepared: dict[str, Future]) -> None:
         case = names[name]
@@ -173,7 +174,8 @@ def run_cases(
         print(f"{name}: {'  '.join(shown)}", flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool, ThreadPoolExecutor(args.jobs) as first:
-        prepared = {kind: first.submit(prepare[kind]) for kind in sorted(needed)}
+        works = {work: first.submit(work) for work in dict.fromkeys(prepare[k] for k in needed)}
+        prepared = {kind: works[prepare[kind]] for kind in needed}
         running = [pool.submit(finish, n, gpu, prepared) for gpu, n in enumerate(missing)]
         for future in running:
             future.result()

@@ -42,6 +42,20 @@ def test_agreement_of_three_runs(tmp_path):
     assert "blocks 2 to 3: 2 of 3 runs keep [2]" in text
 
 
+def test_pairs_go_by_their_first_block(tmp_path):
+    def of_pairs(kept):
+        found = answer([0, 2])
+        found |= {"kept": kept, "grafted": [b for b in (0, 2, 5, 7) if b not in kept]}
+        for group, blocks in zip(found["groups"], ([0, 2], [5, 7]), strict=True):
+            group |= {"blocks": blocks, "options": [{"keeps": [b]} for b in blocks]}
+        return found | {"slots": ["pair"]}
+
+    text, found = compare(tmp_path, of_pairs([0, 5]), of_pairs([0, 7]))
+    assert found["blocks"] == [0, 2, 5, 7] and found["kept_share"] == [1, 0, 0.5, 0.5]
+    assert found["pairwise"] == 0.5 == found["by_chance"] and found["unanimous"] == 0.5
+    assert "blocks 5 to 7: 1 of 2 runs keep [5]" in text
+
+
 def test_competing_grafts_count_apart_and_other_groups_are_refused(tmp_path):
     one, two = answer([0, 2], {"1": 1, "3": 2}), answer([0, 2], {"1": 1, "3": 1})
     _, found = compare(tmp_path, one, two)

@@ -198,8 +198,13 @@ def test_contradicting_flags_are_refused(argv, message):
         profile_grafts.main(profile_grafts.parse_args(argv))
 
 
-def test_latency_needs_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    path = str(REPOSITORY / "configs" / "50p_swa.yaml")
-    with pytest.raises(ValueError, match="--latency needs a CUDA device"):
-        profile_grafts.main(profile_grafts.parse_args(["--latency", path]))
+def test_latency_has_a_column_for_each_batch(capsys, monkeypatch):
+    monkeypatch.setitem(profile_grafts.FORWARDS, "cpu", (1, 2))
+    config = str(REPOSITORY / "configs" / "mini" / "parallel_pairs.yaml")
+    flags = ["--latency", "--device", "cpu", "--batch", "1", "2"]
+    text = run(capsys, config, *flags)
+    assert "| ms at batch 1 | x plain | ms at batch 2 | x plain |" in text
+    assert text.splitlines()[5].count("|") == text.splitlines()[2].count("|") == 12
+    row = json.loads(run(capsys, config, *flags, "--json"))[0]
+    for found in (row["latency_ms"], row["plain"]["latency_ms"]):
+        assert found.keys() == {"1", "2"} and min(found.values()) > 0

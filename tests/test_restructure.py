@@ -2,12 +2,12 @@
 
 import copy
 import logging
-import sys
 
 import pytest
 import torch
 import yaml
 from entries import REPOSITORY
+from restructured import TOKENS, WIDTH, enter, fill, inputs, plan_file, scramble, some, tiny
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,7 +15,7 @@ import distill_operators
 import finetune_tinyfusion
 import sample_ddp_finetuned
 from models import costs, restructure
-from models.dit import DiT, build_dit
+from models.dit import PRESETS, build_dit
 from models.grafting import build_grafted, load_plan, load_trained
 from models.operators import build_operator
 from models.operators.stacked import obstacle, run_both
@@ -27,31 +27,7 @@ from training.distillation import Students, Teacher
 from training.knowledge import WithHidden
 from training.lora import add_lora
 
-WIDTH, TOKENS = 32, 16
 CONFIGS = REPOSITORY / "configs"
-
-
-def tiny(depth=5, seed=0, pairs=((0, 1), (3, 4)), operators=()):
-    """A DiT in float64 whose every tensor counts; operators: (block, attribute, name, config)."""
-    torch.manual_seed(seed)
-    model = DiT(input_size=8, hidden_size=WIDTH, depth=depth, num_heads=4, num_classes=5)
-    for block, slot, name, config in operators:
-        setattr(model.blocks[block], slot, build_operator(name, **config))
-    parallelize(model, pairs)
-    return scramble(model.double().eval())
-
-
-def scramble(model):
-    for name, parameter in model.named_parameters():
-        if name != "pos_embed":
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-def inputs(batch=3):
-    torch.manual_seed(1)
-    x = torch.randn(batch, 4, 8, 8, dtype=torch.float64)
-    return x, torch.tensor([1, 500, 900])[:batch], torch.tensor([0, 2, 5])[:batch]
 
 
 def by_definition(model, x, t, y):
@@ -245,36 +221,7 @@ def test_pairs_start_nearer_than_dropping_every_second_block():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, write_latents):
     """Latents of 4x8x8, a live DiT-Mini/2 as base, and operator files."""
-    folder = tmp_path_factory.mktemp("pairs")
-    write_latents(folder / "latents", 12, classes=3)
-    torch.manual_seed(0)
-    base = build_dit("DiT-Mini/2", 8, num_classes=3)
-    for name, parameter in base.named_parameters():
-        if "adaLN" in name or "final" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    torch.save(base.state_dict(), folder / "base.pt")
-    (folder / "plain.yaml").write_text("{}")
-    return folder
-
-
-def plan_file(folder, name, restructured, grafts=(), **sample):
-    """A YAML of pairs and of [(slot, operator, blocks)] over the module's base."""
-    entries = [
-        {"type": s, "name": o, "config_filepath": str(folder / "plain.yaml"), "graft_indexes": b}
-        for s, o, b in grafts
-    ]
-    sample = {"base_ckpt_path": str(folder / "base.pt"), **sample}
-    sample |= {"dit_model_name": "DiT-Mini/2", "image_size": 32, "num_classes": 3}
-    content = {"grafts": entries, "sample_config": sample}
-    if restructured is not None:
-        content["restructure"] = restructured
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
-
-
-def some(*firsts):
-    return {"parallel_pairs": [[a, a + 1] for a in firsts]}
+    return fill(tmp_path_factory.mktemp("pairs"), write_latents)
 
 
 @pytest.mark.parametrize(
@@ -296,6 +243,13 @@ def some(*firsts):
 def test_plans_that_are_refused(folder, restructured, message):
     with pytest.raises(ValueError, match=f"bad.yaml: restructure: .*{message}"):
         load_plan(plan_file(folder, "bad", restructured))
+
+
+def test_odd_number_of_blocks_is_refused(monkeypatch, folder):
+    monkeypatch.setitem(PRESETS, "DiT-Mini/2", {**PRESETS["DiT-Mini/2"], "depth": 27})
+    with pytest.raises(ValueError, match="odd.yaml: restructure: parallel_pairs: 27 blocks do not"):
+        load_plan(plan_file(folder, "odd", "parallel_pairs"))
+    assert load_plan(plan_file(folder, "odd", some(25))).parallel_pairs == ((25, 26),)
 
 
 def test_models_that_are_refused():
@@ -410,12 +364,6 @@ def test_features_of_a_teacher_are_those_after_each_pair():
     assert len(own) == len(some_of) == 3 and len(every) == 5
     for found, i in zip(some_of, (1, 2, 4), strict=True):
         torch.testing.assert_close(found, every[i])
-
-
-def enter(monkeypatch, entry, *flags):
-    words = [f"{entry.__name__}.py", *flags, "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
-    entry.main(entry.parse_args())
 
 
 def test_pairs_and_grafts_go_through_the_entries(monkeypatch, folder):

@@ -84,9 +84,9 @@ class Graphed:
     """A function of tensors that runs as one CUDA graph after some calls.
 
     function(**inputs) takes tensors, and named tuples of them, and gives tensors; it must do the
-    same work at every call and wait for nothing. It may change what it closes over (weights, averages): the
-    calls before the capture count like the others. Results are overwritten by the next call. Inputs
-    must keep their shapes.
+    same work at every call and wait for nothing. It may change what it closes over (weights,
+    averages): the calls before the capture count like the others. Results are overwritten by the
+    next call. Inputs must keep their shapes.
 
     warm: calls before the capture, in which things are compiled and allocated.
     """

@@ -10,6 +10,7 @@ import torch
 
 from models.dit import DiT
 from models.files import file_sha256, naming, write_json
+from models.graft_plan import PAIR
 from models.grafting import LoadReport, build_choices
 from models.plan import GraftPlan, write_plan
 from models.provenance import environment
@@ -34,7 +35,7 @@ def decision(
         steps: length of the training.
     """
     chosen = gates.chosen()
-    kept = gates.decide()
+    blocks, kept = gates.blocks, gates.decide()
     late = [r for r in _records(trajectory) if r["step"] > 0.9 * steps]
     groups = []
     for g, probability in enumerate(gates.probabilities(scaling)):
@@ -43,15 +44,16 @@ def decision(
         best = _best(p)
         options = []
         for row, share in zip(gates.choices[g].tolist(), p, strict=True):
-            option = {"keeps": [first + i for i, variant in enumerate(row) if variant == 0]}
+            named = list(zip(blocks[first:end], row, strict=True))
+            option = {"keeps": [b for b, variant in named if variant == 0]}
             if gates.variants > 1:
-                option["takes"] = {first + i: variant for i, variant in enumerate(row) if variant}
+                option["takes"] = {b: variant for b, variant in named if variant}
             options.append(option | {"probability": share})
         agreeing = [_best(r["probabilities"][g]) == best for r in late]
         groups.append(
             {
-                "blocks": list(range(first, end)),
-                "kept": [b for b in kept if first <= b < end],
+                "blocks": list(blocks[first:end]),
+                "kept": [b for b in kept if b in blocks[first:end]],
                 "confidence": p[best],
                 "entropy": -sum(x * math.log(x) for x in p if x > 0),
                 "agreement": sum(agreeing) / len(agreeing) if agreeing else None,
@@ -60,8 +62,8 @@ def decision(
         )
     answer = {
         "kept": kept,
-        "grafted": [b for b in range(gates.depth) if b not in kept],
-        "slots": sorted({graft.slot for plan in plans for graft in plan.grafts}),
+        "grafted": [b for b in blocks if b not in kept],
+        "slots": [PAIR] if gates.pairs else sorted({g.slot for plan in plans for g in plan.grafts}),
         "groups": groups,
         "groups_spec": ",".join(f"{keep}:{size}" for keep, size in gates.groups),
         "pinned": list(gates.pinned),
@@ -70,6 +72,11 @@ def decision(
     if gates.variants > 1:
         answer["variants"] = {v: str(plan.path) for v, plan in enumerate(plans, start=1)}
         answer["chosen"] = {b: variant for b, variant in enumerate(chosen) if variant}
+    if gates.pairs:
+        answer["pairs"] = {
+            word: [list(pair) for pair in gates.pairs if (pair[0] in kept) == in_sequence]
+            for word, in_sequence in (("sequential", True), ("parallel", False))
+        }
     return answer
 
 
@@ -159,17 +166,17 @@ def save_merged(path: Path, model: DiT, gates: LayerGates, plans: Sequence[Graft
         The YAML.
     """
     merge_lora(model)
-    settle(model, dict(enumerate(gates.chosen())))
-    grafts = []
-    for variant, plan in enumerate(plans, start=1):
-        taking = set(gates.taking(variant))
-        confined = [replace(g, blocks=tuple(sorted(taking & {*g.blocks}))) for g in plan.grafts]
-        grafts += [g for g in confined if g.blocks]
-    merged = {
-        "model": model.state_dict(),
-        "plan": replace(plans[0], grafts=tuple(grafts)).architecture(),
-    }
-    write_tensors(path, merged)
+    settle(model, dict(zip(gates.blocks, gates.chosen(), strict=True)))
+    if gates.pairs:
+        merged = plans[0].with_pairs(gates.taking(1))
+    else:
+        grafts = []
+        for variant, plan in enumerate(plans, start=1):
+            taking = set(gates.taking(variant))
+            confined = [replace(g, blocks=tuple(sorted(taking & {*g.blocks}))) for g in plan.grafts]
+            grafts += [g for g in confined if g.blocks]
+        merged = replace(plans[0], grafts=tuple(grafts))
+    write_tensors(path, {"model": model.state_dict(), "plan": merged.architecture()})
     start = replace(plans[0], grafted_ckpt_path=path.resolve(), graft_weights={})
     header = f"Starts from {path.name}, the model that selection trained."
     beside = [
@@ -187,6 +194,9 @@ def _write_chosen(
     header: str,
     beside: list[tuple[GraftPlan, list[int]]],
 ) -> None:
+    if gates.pairs:
+        write_plan(first.with_pairs(gates.taking(1)), path, {}, header)
+        return
     blocks = dict.fromkeys(SLOTS, gates.taking(1))
     write_plan(first, path, blocks, header, [part for part in beside if part[1]])
 
@@ -222,6 +232,13 @@ def plot_trajectory(lines: Path, gates: LayerGates, picture: Path) -> None:
     figure = Figure(figsize=(3.6 * columns, 2.6 * rows + 1.4), layout="constrained")
     FigureCanvasAgg(figure)
     top, bottom = figure.subfigures(2, 1, height_ratios=[2.6 * rows, 1.4])
+    # of blocks, or of pairs of them
+    names = [f"{b}+{b + 1}" if gates.pairs else str(b) for b in gates.blocks]
+    unit, kept, grafted = (
+        ("pair", "in sequence", "parallel") if gates.pairs else ("block", "keep", "graft")
+    )
+    title = "in sequence" if gates.pairs else "keeps"
+    title += " (block:variant)" * (gates.variants > 1)
     axes = top.subplots(rows, columns, squeeze=False, sharey=True)
     for axis in axes.flat[number:]:
         axis.set_visible(False)
@@ -232,14 +249,14 @@ def plot_trajectory(lines: Path, gates: LayerGates, picture: Path) -> None:
         shown = curves[-1].argsort(descending=True)[:8].tolist()
         for option in shown:
             row = gates.choices[g][option].tolist()
-            label = " ".join(str(first + i) for i, variant in enumerate(row) if variant == 0)
+            named = list(zip(names[first:end], row, strict=True))
+            label = " ".join(name for name, variant in named if variant == 0)
             if gates.variants > 1:
-                taken = (f"{first + i}:{variant}" for i, variant in enumerate(row) if variant)
+                taken = (f"{name}:{variant}" for name, variant in named if variant)
                 label += f" ({' '.join(taken)})"
             axis.plot(steps, curves[:, option].numpy(), label=label, linewidth=1.6)
-        axis.set_title(f"blocks {first} to {end - 1}", fontsize=10)
+        axis.set_title(f"{unit}s {names[first]} to {names[end - 1]}", fontsize=10)
         axis.set_ylim(-0.02, 1.02)
-        title = "keeps" if gates.variants == 1 else "keeps (block:variant)"
         axis.legend(title=title, fontsize=7, title_fontsize=7, loc="best")
         axis.grid(alpha=0.3)
     top.supxlabel("step", fontsize=9)
@@ -248,14 +265,14 @@ def plot_trajectory(lines: Path, gates: LayerGates, picture: Path) -> None:
     chosen = gates.chosen()
     mask = torch.tensor([float(variant == 0) for variant in chosen])
     axis.imshow(mask[None].numpy(), cmap="Blues", vmin=0, vmax=1.4, aspect="auto")
-    for block, variant in enumerate(chosen):
-        text = "graft" if variant else "keep"
+    for place, variant in enumerate(chosen):
+        text = grafted if variant else kept
         if gates.variants > 1 and variant:
             text += f" {variant}"
         color = "black" if variant else "white"  # on light and on dark blue
-        axis.text(block, 0, text, color=color, ha="center", va="center", fontsize=8, rotation=60)
-    axis.set_xticks(range(len(mask)))
+        axis.text(place, 0, text, color=color, ha="center", va="center", fontsize=8, rotation=60)
+    axis.set_xticks(range(len(mask)), names)
     axis.set_yticks([])
-    axis.set_xlabel("block", fontsize=9)
+    axis.set_xlabel(unit, fontsize=9)
     axis.tick_params(labelsize=7)
     figure.savefig(picture, dpi=130)
