@@ -4,6 +4,9 @@ import torch
 from timm.models.vision_transformer import Mlp
 from torch import nn
 
+from models.operators.stacked import lay_side_by_side, obstacle
+from models.weights import SLOTS
+
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = torch.finfo(FLOAT8).max
 FLOAT8_MULTIPLE = 16  # of widths, as the product needs it
@@ -13,8 +16,9 @@ def quicken(model: nn.Module, dtype: torch.dtype, float8: bool = False) -> None:
     """Prepares a DiT on its device for inference under autocast to `dtype`, in place.
 
     The weights of matrix products and patches are stored in `dtype`; autocast would cast them at
-    every call, to the same numbers. Norms, tables, scans and their parameters stay as they are. On
-    CUDA in bf16 the MLPs' GELU becomes a part of the product before it.
+    every call, to the same numbers. Norms, tables, scans and their parameters stay as they are.
+    The weights of parallel pairs come to lie side by side. On CUDA in bf16 the MLPs' GELU becomes a
+    part of the product before it.
 
     float8: the products in both slots of all blocks take 8-bit floats, see `Float8Linear`.
 
@@ -24,6 +28,13 @@ def quicken(model: nn.Module, dtype: torch.dtype, float8: bool = False) -> None:
     for layer in model.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             layer.to(dtype)
+    for first in map(int, model.merges):
+        pair = model.blocks[first], model.blocks[first + 1]
+        lay_side_by_side(*(block.adaLN_modulation for block in pair))
+        for slot in SLOTS.values():
+            operators = [getattr(block, slot) for block in pair]
+            if not obstacle(*operators):
+                lay_side_by_side(*operators)
     device = next(model.parameters()).device
     alone = [model.blocks[layer[0]] for layer in model.layers if len(layer) == 1]
     if float8:

@@ -106,6 +106,7 @@ class PixArt(nn.Module):
         self.adaln_single = whole.adaln_single
         self.caption_projection = whole.caption_projection
         self.blocks = nn.ModuleList(PixArtBlock(block) for block in whole.transformer_blocks)
+        self.merges = nn.ModuleDict()  # as DiT's; no pairs run in parallel here
         self.norm_out = whole.norm_out
         self.scale_shift_table = whole.scale_shift_table
         self.proj_out = whole.proj_out

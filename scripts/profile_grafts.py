@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import costs
 from models.graft_plan import GraftPlan
+from models.inference import quicken
 from models.operators.accelerators import accelerate
 from models.plan import load_plan
 from models.presets import blank_condition
@@ -104,6 +105,7 @@ def latency(plan: GraftPlan, batch: int, args: argparse.Namespace) -> float:
     dtype = precision.choose(args.precision, device)
     for line in accelerate(model, device, dtype, model.num_tokens, args.kernels):
         print(line, file=sys.stderr)
+    quicken(model, dtype)
     compile_models(world, args.compile, model)
     forward = graphed(world, args.compile, model)
     side = plan.input_size
