@@ -141,7 +141,7 @@ def report(args: argparse.Namespace) -> None:
         groups[tuple(record[key] for key in keys)].append(record)
     head = testbed.headline(records)
     text = "\n\n".join([head, self_graft_table(groups), operator_table(groups)])
-    testbed.write_tables(REPOSITORY / "docs" / "distillation.md", Path(__file__).name, text)
+    testbed.write_tables(args.page, Path(__file__).name, text)
 
 
 def self_graft_table(groups: dict) -> str:

@@ -185,7 +185,7 @@ def report(args: argparse.Namespace) -> None:
             f"\n\nSeed {record['seed']}: after {steps} steps of selection the gates made {pairs} "
         )
         text += f"parallel, with a confidence of {low:.2f} to {high:.2f}."
-    testbed.write_tables(REPOSITORY / "docs" / "restructuring.md", Path(__file__).name, text)
+    testbed.write_tables(args.page, Path(__file__).name, text)
 
 
 def parse_args() -> argparse.Namespace:

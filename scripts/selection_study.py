@@ -10,12 +10,11 @@ budgets are those of low-local), writes the guesses with scripts/guess_plans.py,
 every plan the same finetuning, sampling and scoring by the ordinary entries, and the same to the
 base model without a graft. Each finished case is one small JSON in --results; started again, it
 makes the cases that are missing. `report` turns the JSONs into the tables of docs/selection.md
-(between its two markers) and docs/images/selection_study.png.
+(between its two markers), docs/images/selection_study.png and docs/images/selection_blocks.png.
 """
 
 import argparse
 import shlex
-import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -26,8 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.files import read_json
 from models.plan import load_plan, read_yaml, write_plan
+from scripts import selection_page as page
 from scripts import testbed
-from scripts.testbed import BASE, METRICS, REPOSITORY, entry
+from scripts.selection_page import UNGRAFTED
+from scripts.testbed import BASE, REPOSITORY, entry
 from training import arguments, distributed
 
 RESULTS = REPOSITORY / "docs" / "results" / "selection"
@@ -36,7 +37,15 @@ LEARNED = {  # from which plan
     "learned": "candidate.yaml", "learned-any": "distilled.yaml", HALVES: "distilled.yaml"
 }  # fmt: skip
 PATTERNS = (*LEARNED, "interleaved", "deep", "shallow", "top-local", "low-local", "random")
-UNGRAFTED = ("none", "base")  # the operator and pattern of the base model's cases
+
+
+def candidates(operator: str) -> list[int]:
+    """The blocks that the 75 % plan grafts, and that `learned` chooses from."""
+    return read_yaml(configured(operator))["sample_config"]["graft_indexes"]
+
+
+def configured(operator: str) -> Path:
+    return REPOSITORY / f"configs/mini/75p_{operator}.yaml"
 
 
 def prepare(operator: str, args: argparse.Namespace) -> None:
@@ -48,8 +57,7 @@ def prepare(operator: str, args: argparse.Namespace) -> None:
     made = [folder / "candidate.yaml", *(folder / f"random_{seed}.yaml" for seed in args.seeds)]
     if all(file.is_file() for file in made):
         return
-    content = read_yaml(REPOSITORY / f"configs/mini/75p_{operator}.yaml")
-    candidates = content["sample_config"]["graft_indexes"]
+    content = read_yaml(configured(operator))
     content["operator"]["config_filepath"] = f"configs/mini/{operator}.yaml"
     content["sample_config"]["graft_indexes"] = list(range(28))
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +67,7 @@ def prepare(operator: str, args: argparse.Namespace) -> None:
         "scripts/guess_plans.py", "--config", distilled, "--keep", 14, "--out", folder,
         "--locality", args.work / "locality" / "locality.json", "--seeds", *args.seeds,
     )  # fmt: skip
-    write_plan(load_plan(distilled), folder / "candidate.yaml", {"mha": candidates})
+    write_plan(load_plan(distilled), folder / "candidate.yaml", {"mha": candidates(operator)})
     write_plan(load_plan(distilled), folder / "distilled.yaml", {})
 
 
@@ -134,54 +142,26 @@ def run(args: argparse.Namespace) -> None:
 
 def report(args: argparse.Namespace) -> None:
     groups = defaultdict(list)
-    for record in testbed.results(args.results):
+    records = testbed.results(args.results)
+    for record in records:
         groups[record["operator"], record["pattern"]].append(record)
     operators = sorted({operator for operator, _ in groups} - {UNGRAFTED[0]})
-    text = "\n\n".join(operator_table(operator, groups) for operator in operators)
-    testbed.write_tables(REPOSITORY / "docs" / "selection.md", Path(__file__).name, text)
-    plot(groups, operators, REPOSITORY / "docs" / "images" / "selection_study.png")
-
-
-def operator_table(operator: str, groups: dict) -> str:
-    """Mean and standard deviation over the seeds of every pattern, the best first."""
-    rows = []
-    for key in [(operator, pattern) for pattern in PATTERNS] + [UNGRAFTED]:
-        if found := groups.get(key, []):
-            order = statistics.mean(record["train_mse"] for record in found)
-            cells = [testbed.cell(found, metric) for metric in METRICS]
-            rows.append((order, key[1], len(found), cells))
-    shared = next(iter(groups.values()))[0]["settings"]
-    lines = [
-        f"**{operator}**, 14 of 28 blocks grafted; {shared['steps']} finetuning steps of "
-        f"{shared['batch']}, {shared['num_samples']} samples; mean ± standard deviation.",
-        "",
-        f"| selection | cases | {' | '.join(METRICS.values())} |",
-        "|---|---|" + "---|" * len(METRICS),
-    ]
-    lines += [f"| {p} | {n} | {' | '.join(c)} |" for _, p, n, c in sorted(rows)]
-    return "\n".join(lines)
-
-
-def plot(groups: dict, operators: list[str], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * len(METRICS), 3.2 * len(operators)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(operators), len(METRICS), squeeze=False)
-    for row, operator in zip(axes, operators, strict=True):
-        for axis, (metric, title) in zip(row, METRICS.items(), strict=True):
-            shown = [p for p in PATTERNS if (operator, p) in groups]
-            for place, pattern in enumerate(shown):
-                values = [record[metric] for record in groups[operator, pattern]]
-                color = "tab:orange" if pattern in LEARNED else "tab:blue"
-                axis.plot(values, [place] * len(values), "o", color=color, alpha=0.6)
-                axis.plot(statistics.mean(values), place, "|", color=color, markersize=16)
-            axis.set_yticks(range(len(shown)), shown)
-            axis.invert_yaxis()
-            axis.set_title(f"{operator}: {title} (lower is better)", fontsize=10)
-            axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
+    if UNGRAFTED not in groups or not operators:
+        raise ValueError(f"{args.results}: needs cases with a graft and without: go on with `run`")
+    pinned = {
+        (operator, "learned"): set(range(page.DEPTH)) - set(candidates(operator))
+        for operator in operators
+    }
+    steps = records[0]["settings"]["selection_steps"]
+    text = [f"{steps} steps of selection, {testbed.headline(records)}"]
+    text.append(page.memory(groups))
+    text += [page.operator_table(operator, groups) for operator in operators]
+    text.append(page.spread_table(operators, groups))
+    text.append(page.learned_table(operators, groups, pinned))
+    images = args.page.parent / "images"
+    page.plot_metrics(operators, groups, images / "selection_study.png")
+    page.plot_blocks(operators, groups, images / "selection_blocks.png")
+    testbed.write_tables(args.page, Path(__file__).name, "\n\n".join(text))
 
 
 def parse_args() -> argparse.Namespace:

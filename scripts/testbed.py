@@ -193,11 +193,15 @@ def results(folder: Path) -> list[dict]:
 
 
 def headline(records: list[dict]) -> str:
-    """What all cases of a study had in common, for above its tables."""
+    """What all cases of a study had in common, and what made them, for above its tables."""
     shared = records[0]["settings"]
+    revisions = {str(record["git_revision"]) for record in records}
+    short = (r[:8] + "-dirty" * r.endswith("-dirty") for r in sorted(revisions))
+    versions = sorted({record["torch"] for record in records})
     return (
         f"{shared['distill_steps']} distillation steps and {shared['steps']} finetuning steps of "
-        f"{shared['batch']} images, {shared['num_samples']} samples; mean ± standard deviation."
+        f"{shared['batch']} images, {shared['num_samples']} samples; mean ± standard deviation. "
+        f"Made at revision {', '.join(short)} with PyTorch {', '.join(versions)}."
     )
 
 
@@ -240,6 +244,12 @@ def parser(doc: str, default_results: Path, run: Callable, report: Callable):
         command.add_argument(
             "--results", type=Path, default=default_results, help="folder of the JSONs, one a case"
         )
+    made["report"].add_argument(
+        "--page",
+        type=Path,
+        default=REPOSITORY / "docs" / f"{default_results.name}.md",
+        help="documentation page to write the tables into, and pictures to images/ beside it",
+    )
     add = made["run"].add_argument
     add("--work", type=lambda p: Path(p).resolve(), required=True, help="run folders go here")
     add("--seeds", type=arguments.seed, nargs="+", default=[0, 1, 2])
