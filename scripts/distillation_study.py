@@ -5,9 +5,10 @@ r"""What Stage 1 is worth, on the miniature testbed: raw results and tables.
 
 `run` distills each operator into all blocks by the ordinary entry, once a loss and seed, takes the
 50 % and 75 % grafts from that, and measures every start (fresh, inherited, distilled) as it is and
-after the same finetuning, with and without knowledge distillation. Each finished case is one small
-JSON in --results; started again, it makes the cases that are missing. `report` turns the JSONs into
-the tables of docs/distillation.md (between its two markers).
+after the same finetuning, with and without knowledge distillation; beside them the pretrained model
+without a graft. Each finished case is one small JSON in --results; started again, it makes the
+cases that are missing. `report` turns the JSONs into the tables of docs/distillation.md (between
+its two markers).
 """
 
 import argparse
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.plan import load_plan, read_yaml, write_plan
 from scripts import testbed
-from scripts.testbed import METRICS, REPOSITORY
+from scripts.testbed import BASE, METRICS, REPOSITORY
 from training import distributed
 
 RESULTS = REPOSITORY / "docs" / "results" / "distillation"
@@ -43,6 +44,9 @@ SELF_GRAFTS = ("mha", "mlp_ratio_4")
 SWAPS = tuple(name for name in OPERATORS if name not in SELF_GRAFTS)
 INHERITING = ("swa", "hyena_se", "hyena_x", "hyena_y")
 LOSSES = ("l1", "l2", "huber")
+UNGRAFTED = ("none", 0, "base")  # distillation, percent and start of the cases without a graft
+STARTS = {"fresh": "fresh", "inherit": "inherited", "distilled": "distilled"}
+TRAININGS = {"none": "", "finetune": ", finetuned", "kd": ", finetuned with KD"}
 SHARES = (50, 75)
 BLOCKS = {50: [b for b in range(28) if b % 2], 75: [b for b in range(28) if b % 4]}
 
@@ -51,10 +55,11 @@ def cases(args: argparse.Namespace) -> list[tuple]:
     """(distillation, percent, start, training, seed) of every case; the main rows have all seeds.
 
     A distillation is <operator>-<loss>; starts are fresh, inherit and distilled; trainings are
-    none, finetune and kd.
+    none, finetune and kd. The model without a graft is UNGRAFTED.
     """
     found = []
     for seed in args.seeds:
+        found += [(*UNGRAFTED, training, seed) for training in ("none", "finetune")]
         for name in SELF_GRAFTS if args.self_grafts else ():
             found += [(f"{name}-{loss}", 75, "distilled", "none", seed) for loss in LOSSES]
             found.append((f"{name}-{LOSSES[0]}", 75, "fresh", "none", seed))
@@ -68,6 +73,15 @@ def cases(args: argparse.Namespace) -> list[tuple]:
                     found += [(key, percent, start, training, seed) for start in starts]
                 found.append((key, percent, "distilled", "kd", seed))
     return found
+
+
+def prepare_ungrafted(args: argparse.Namespace) -> None:
+    """The YAML of the pretrained model, without a graft."""
+    folder = args.work / "plans" / UNGRAFTED[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    content = read_yaml(REPOSITORY / "configs/mini/no_graft.yaml")
+    content["sample_config"]["base_ckpt_path"] = BASE
+    (folder / "base-0.yaml").write_text(yaml.safe_dump(content))
 
 
 def prepare(key: str, args: argparse.Namespace) -> None:
@@ -127,7 +141,12 @@ def run(args: argparse.Namespace) -> None:
     testbed.run_cases(
         wanted,
         lambda case, gpu: make(case, gpu, args),
-        {key: partial(prepare, key, args) for key in {case[0] for case in wanted}},
+        {
+            key: partial(prepare_ungrafted, args)
+            if key == UNGRAFTED[0]
+            else partial(prepare, key, args)
+            for key in {case[0] for case in wanted}
+        },
         args,
         {name: getattr(args, name) for name in names},
     )
@@ -139,44 +158,44 @@ def report(args: argparse.Namespace) -> None:
     for record in records:
         keys = ("distillation", "percent", "start", "training")
         groups[tuple(record[key] for key in keys)].append(record)
-    head = testbed.headline(records)
-    text = "\n\n".join([head, self_graft_table(groups), operator_table(groups)])
-    testbed.write_tables(args.page, Path(__file__).name, text)
+    text = [testbed.headline(records), self_graft_table(groups)]
+    text += [start_table(metric, groups) for metric in METRICS]
+    testbed.write_tables(args.page, Path(__file__).name, "\n\n".join(text))
 
 
 def self_graft_table(groups: dict) -> str:
     """The loss of Stage 1 against none, at 75 %, before any finetuning."""
-    rows = []
+    rows = [("no graft", "", groups.get((*UNGRAFTED, "none")))]
     for name in SELF_GRAFTS:
         for loss in LOSSES:
-            found = groups.get((f"{name}-{loss}", 75, "distilled", "none"), [])
-            rows.append((name, loss, found))
+            rows.append((name, loss, groups.get((f"{name}-{loss}", 75, "distilled", "none"))))
         rows.append((name, "no Stage 1", groups.get((f"{name}-{LOSSES[0]}", 75, "fresh", "none"))))
     lines = [
         [name, loss, str(len(found)), *(testbed.cell(found, metric) for metric in METRICS)]
         for name, loss, found in rows
         if found
     ]
-    title = "**Self-graft** of 21 blocks, no finetuning:"
+    title = f"**Self-graft** of {len(BLOCKS[75])} blocks, no finetuning:"
     return f"{title}\n\n{testbed.table(['operator', 'loss', 'cases', *METRICS.values()], lines)}"
 
 
-def operator_table(groups: dict) -> str:
-    """fd_mini and training MSE of every start, before and after finetuning."""
+def start_table(metric: str, groups: dict) -> str:
+    """A metric of every operator and share: a column a start, before and after finetuning."""
+    columns = [(start, training) for training in ("none", "finetune") for start in STARTS]
+    columns.append(("distilled", "kd"))
     lines = []
-    trainings = {"none": "no finetuning", "finetune": "finetuned", "kd": "finetuned with KD"}
-    metrics = ("train_mse", "fd_mini")
     for name in SWAPS:
         for percent in SHARES:
-            for start in ("fresh", "inherit", "distilled"):
-                key = (f"{name}-{OPERATORS[name][3]}", percent, start)
-                found = {t: groups.get((*key, t), []) for t in trainings}
-                if any(found.values()):
-                    cells = [testbed.cell(found[t], m) for m in metrics for t in trainings]
-                    lines.append([name, f"{percent} %", start, *cells])
-    columns = [f"{METRICS[m]}, {words}" for m in metrics for words in trainings.values()]
-    title = "**Every operator**, by how it starts:"
-    return f"{title}\n\n{testbed.table(['operator', 'grafted', 'start', *columns], lines)}"
+            key = (f"{name}-{OPERATORS[name][3]}", percent)
+            found = [groups.get((*key, *column), []) for column in columns]
+            if counts := sorted({len(records) for records in found if records}):
+                cells = [testbed.cell(records, metric) for records in found]
+                cases = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+                lines.append([name, f"{percent} %", cases, *cells])
+    base = [testbed.cell(groups.get((*UNGRAFTED, t), []), metric) for t in ("none", "finetune")]
+    title = f"**{METRICS[metric]}** (no graft: {base[0]}, finetuned {base[1]}):"
+    names = [f"{STARTS[start]}{TRAININGS[training]}" for start, training in columns]
+    return f"{title}\n\n{testbed.table(['operator', 'grafted', 'cases', *names], lines)}"
 
 
 def parse_args() -> argparse.Namespace:
