@@ -98,6 +98,32 @@ def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | No
     return statistics.correlation(*ranks)
 
 
+def duels_table(operators: Sequence[str], groups: Groups) -> str:
+    """Of the seeds that both have, in how many a learned selection is below each guess."""
+    guesses = dict.fromkeys(
+        pattern
+        for operator in operators
+        for pattern, records in ranked(operator, groups)
+        if not is_learned(records)
+    )
+    rows = []
+    for operator in operators:
+        for pattern, records in ranked(operator, groups):
+            if not is_learned(records):
+                continue
+            for metric, title in METRICS.items():
+                duels = [wins(records, groups.get((operator, g), []), metric) for g in guesses]
+                rows.append([operator, pattern, title, *duels])
+    title = "**Seed by seed**, how often the learned selection has the smaller value:"
+    return f"{title}\n\n{testbed.table(['operator', 'selection', 'metric', *guesses], rows)}"
+
+
+def wins(records: list[dict], others: list[dict], metric: str) -> str:
+    values = {record["seed"]: record[metric] for record in others}
+    below = [r[metric] < values[r["seed"]] for r in records if r["seed"] in values]
+    return f"{sum(below)} of {len(below)}" if below else "-"
+
+
 def learned_table(operators: Sequence[str], groups: Groups, pinned: Mapping) -> str:
     """How sure the gates are, and how far their answers agree between seeds.
 

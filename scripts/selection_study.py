@@ -156,6 +156,7 @@ def report(args: argparse.Namespace) -> None:
     text = [f"{steps} steps of selection, {testbed.headline(records)}"]
     text.append(page.memory(groups))
     text += [page.operator_table(operator, groups) for operator in operators]
+    text.append(page.duels_table(operators, groups))
     text.append(page.spread_table(operators, groups))
     text.append(page.learned_table(operators, groups, pinned))
     images = args.page.parent / "images"

@@ -1,0 +1,208 @@
+"""The reports of scripts/*_study.py, on results made by hand."""
+
+import json
+from argparse import Namespace
+
+import pytest
+from PIL import Image
+
+from scripts import distillation_study, selection_page, selection_study, testbed
+
+SETTINGS = {"steps": 5, "distill_steps": 7, "selection_steps": 3, "batch": 2, "num_samples": 9}
+MADE = {"settings": SETTINGS, "git_revision": "0123456789", "torch": "2.11.0"}
+DEEP, SHALLOW = list(range(14, 28)), list(range(14))
+
+
+def write(folder, name, **record):
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({**MADE, **record}))
+
+
+def empty_page(folder, script):
+    page = folder / "page.md"
+    page.write_text(
+        f"above\n<!-- results: written by {script} -->\nstale\n<!-- end of results -->\n"
+    )
+    return page
+
+
+def rows(page, first):
+    """The cells of the table rows that begin with the words of `first`, in their order."""
+    lines = [line.strip("| ").split(" | ") for line in page.read_text().splitlines()]
+    return [cells for cells in lines if cells[: len(first)] == list(first)]
+
+
+def choose(kept):
+    """Grafted blocks of 2:4 whose first group keeps 0 and `kept`; the other groups are alike."""
+    return [b for b in range(28) if b not in ({0, kept} if b < 4 else {b - b % 4, b - b % 4 + 1})]
+
+
+@pytest.fixture
+def selections(tmp_path):
+    """Two seeds of no graft, deep, shallow and learned; the learned ones differ in one block."""
+    answer = {"confidence": [0.5, 1.0] + [0.6] * 5, "agreement": [1.0] * 7}
+    for seed in (0, 1):
+        learned = choose((2, 3)[seed])
+        for operator, pattern, grafted, train, fd, selection in (
+            ("none", "base", [], 0.02, 5.0, None),
+            ("swa", "deep", DEEP, 0.05, 4.0, None),
+            ("swa", "shallow", SHALLOW, 0.07, 7.0 - 4 * seed, None),
+            ("swa", "learned", learned, 0.03, 5.0 - seed, answer),
+        ):
+            write(
+                tmp_path / "results",
+                f"{operator}-{pattern}-{seed}",
+                operator=operator,
+                pattern=pattern,
+                seed=seed,
+                grafted=grafted,
+                train_mse=train + 0.002 * seed,
+                heldout_mse=0.4 - train,
+                fd_mini=fd,
+                selection=selection,
+            )
+    page = empty_page(tmp_path, "scripts/selection_study.py")
+    return Namespace(results=tmp_path / "results", page=page)
+
+
+def test_selection_page(selections):
+    (selections.page.parent / "images").mkdir()
+    selection_study.report(selections)
+    text = selections.page.read_text()
+    assert text.startswith("above\n<!-- results") and "stale" not in text
+    assert "3 steps of selection, 7 distillation steps and 5 finetuning steps of 2 images" in text
+    assert "at revision 01234567 with PyTorch 2.11.0" in text
+    assert "training MSE of 0.021 and a held-out MSE of 0.380, 18.1 times as much" in text
+    names = ["no graft", "**learned**", "deep", "shallow"]  # by training MSE
+    table = text.split("| selection | cases |")[1].splitlines()[2:6]
+    assert [row.strip("| ").split(" | ")[0] for row in table] == names
+    assert rows(selections.page, ["deep"]) == [
+        ["deep", "2", "0.05100 ± 0.00141", "0.35000 ± 0.00000", "4.000 ± 0.000"]
+    ]
+    duels = {cells[2]: cells[3:] for cells in rows(selections.page, ["swa", "learned"])[:3]}
+    assert duels["training MSE"] == ["2 of 2", "2 of 2"]
+    assert duels["fd_mini"] == ["0 of 2", "1 of 2"]  # 4.0 is not below 4.0; 5.0 < 7.0, 4.0 > 3.0
+    for name in ("selection_study", "selection_blocks"):
+        with Image.open(selections.page.parent / "images" / f"{name}.png") as picture:
+            assert min(picture.size) > 200
+
+
+def test_how_far_the_numbers_of_selections_carry(selections):
+    (selections.page.parent / "images").mkdir()
+    selection_study.report(selections)
+    spread = rows(selections.page, ["swa"])[-2]
+    # deep and shallow alone have one plan for both seeds: fd_mini has variances of 0 and 8
+    assert spread == ["swa", "0.00141", "0.00000", "2.000", "4.500 to 4.500", "-1.00", "+0.50"]
+    gates = rows(selections.page, ["swa"])[-1]
+    # three candidates a group, one kept; 2 and 3 of 21 blocks differ; chance is 5/9 of each
+    assert gates == ["swa", "learned", "2", "3", "0.64", "1.00", "90%", "56%"]
+
+
+def test_rows_of_the_strip_plot(selections):
+    records = testbed.results(selections.results)
+    groups = {}
+    for record in records:
+        groups.setdefault((record["operator"], record["pattern"]), []).append(record)
+    found = selection_page.strips("swa", groups)
+    assert [(name, grafted, chosen) for name, grafted, chosen, _ in found] == [
+        ("learned, seed 0", choose(2), True),
+        ("learned, seed 1", choose(3), True),
+        ("deep", DEEP, False),
+        ("shallow", SHALLOW, False),
+    ]
+    assert found[2][3] == pytest.approx(0.051)
+
+
+def test_selections_without_the_ungrafted_model_are_refused(selections):
+    for seed in (0, 1):
+        (selections.results / f"none-base-{seed}.json").unlink()
+    with pytest.raises(ValueError, match="needs cases with a graft and without: go on with `run`"):
+        selection_study.report(selections)
+
+
+@pytest.fixture
+def distillations(tmp_path):
+    """no graft, a self-graft, and swa at 75 % in four ways."""
+    cases = [("none", 0, "base", "none", 0, 0.01), ("none", 0, "base", "finetune", 0, 0.02)]
+    cases += [("mha-l2", 75, "distilled", "none", seed, 0.1 + 0.2 * seed) for seed in (0, 1)]
+    cases += [("swa-l1", 75, "fresh", "none", 0, 0.9), ("swa-l1", 75, "inherit", "none", 0, 0.8)]
+    cases += [("swa-l1", 75, "distilled", "finetune", seed, 0.3 + 0.1 * seed) for seed in (0, 1)]
+    cases += [("swa-l1", 75, "distilled", "kd", 0, 0.25)]
+    for key, percent, start, training, seed, mse in cases:
+        write(
+            tmp_path / "results",
+            f"{key}-{percent}-{start}-{training}-{seed}",
+            distillation=key,
+            percent=percent,
+            start=start,
+            training=training,
+            seed=seed,
+            train_mse=mse,
+            heldout_mse=2 * mse,
+            fd_mini=10 * mse,
+        )
+    page = empty_page(tmp_path, "scripts/distillation_study.py")
+    return Namespace(results=tmp_path / "results", page=page)
+
+
+def test_distillation_page(distillations):
+    distillation_study.report(distillations)
+    text = distillations.page.read_text()
+    assert "**training MSE** (no graft: 0.01000, finetuned 0.02000):" in text
+    assert rows(distillations.page, ["no graft"]) == [
+        ["no graft", "", "1", "0.01000", "0.02000", "0.100"]
+    ]
+    deviation = "0.20000 ± 0.14142"
+    assert rows(distillations.page, ["mha"]) == [
+        ["mha", "l2", "2", deviation, "0.40000 ± 0.28284", "2.000 ± 1.414"]
+    ]
+    train, heldout, fd = rows(distillations.page, ["swa"])
+    assert train == ["swa", "75 %", "1 to 2", "0.90000", "0.80000", "-", "-", "-"] + [
+        "0.35000 ± 0.07071",
+        "0.25000",
+    ]
+    assert heldout[3] == "1.80000" and fd[-2:] == ["3.500 ± 0.707", "2.500"]
+    column = "| distilled, finetuned | distilled, finetuned with KD |\n"
+    assert text.count(column) == 3
+
+
+def test_every_case_of_the_distillation_study_is_of_the_report(tmp_path):
+    """No case is measured and then left out of the page."""
+    args = Namespace(seeds=[0], operators=distillation_study.SWAPS, main=["swa"], self_grafts=True)
+    wanted = distillation_study.cases(args)
+    assert len(wanted) == len(set(wanted))
+    for number, (key, percent, start, training, seed) in enumerate(wanted):
+        values = {metric: 1000 + number for metric in testbed.METRICS}
+        record = {"percent": percent, "start": start, "training": training, "seed": seed}
+        write(tmp_path / "results", str(number), distillation=key, **record, **values)
+    page = empty_page(tmp_path, "scripts/distillation_study.py")
+    distillation_study.report(Namespace(results=tmp_path / "results", page=page))
+    text = page.read_text()
+    assert [n for n in range(len(wanted)) if f"{1000 + n}.000" not in text] == []
+
+
+@pytest.mark.parametrize("study", [selection_study, distillation_study])
+def test_mixed_settings_are_refused(study, tmp_path):
+    write(tmp_path / "results", "a")
+    write(tmp_path / "results", "b", settings={**SETTINGS, "steps": 6})
+    page = empty_page(tmp_path, "any")
+    with pytest.raises(ValueError, match="holds results of studies with different settings"):
+        study.report(Namespace(results=tmp_path / "results", page=page))
+    assert "stale" in page.read_text()
+
+
+def test_folders_and_pages_that_are_refused(selections, tmp_path):
+    with pytest.raises(ValueError, match="holds no results: make them with `run`"):
+        selection_study.report(Namespace(results=tmp_path / "nothing", page=selections.page))
+    with pytest.raises(FileNotFoundError, match="no such page; it needs the lines"):
+        testbed.write_tables(tmp_path / "none.md", "a_study.py", "text")
+    with pytest.raises(ValueError, match="needs the lines <!-- results: written by"):
+        testbed.write_tables(selections.page, "a_study.py", "text")
+
+
+@pytest.mark.parametrize("name", ["selection", "distillation", "restructuring"])
+def test_pages_of_the_studies_have_their_markers(name):
+    page = testbed.REPOSITORY / "docs" / f"{name}.md"
+    text = page.read_text()
+    assert text.count(f"<!-- results: written by scripts/{name}_study.py -->") == 1
+    assert text.count("<!-- end of results -->") == 1
