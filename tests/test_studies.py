@@ -6,7 +6,13 @@ from argparse import Namespace
 import pytest
 from PIL import Image
 
-from scripts import distillation_study, selection_page, selection_study, testbed
+from scripts import (
+    distillation_study,
+    restructuring_study,
+    selection_page,
+    selection_study,
+    testbed,
+)
 
 SETTINGS = {"steps": 5, "distill_steps": 7, "selection_steps": 3, "batch": 2, "num_samples": 9}
 MADE = {"settings": SETTINGS, "git_revision": "0123456789", "torch": "2.11.0"}
@@ -126,7 +132,10 @@ def distillations(tmp_path):
     cases = [("none", 0, "base", "none", 0, 0.01), ("none", 0, "base", "finetune", 0, 0.02)]
     cases += [("mha-l2", 75, "distilled", "none", seed, 0.1 + 0.2 * seed) for seed in (0, 1)]
     cases += [("swa-l1", 75, "fresh", "none", 0, 0.9), ("swa-l1", 75, "inherit", "none", 0, 0.8)]
-    cases += [("swa-l1", 75, "distilled", "finetune", seed, 0.3 + 0.1 * seed) for seed in (0, 1)]
+    cases += [
+        ("swa-l1", 75, "distilled", "finetune", seed, mse)
+        for seed, mse in enumerate((0.3, 0.4, 0.8))
+    ]
     cases += [("swa-l1", 75, "distilled", "kd", 0, 0.25)]
     for key, percent, start, training, seed, mse in cases:
         write(
@@ -157,11 +166,11 @@ def test_distillation_page(distillations):
         ["mha", "l2", "2", deviation, "0.40000 ± 0.28284", "2.000 ± 1.414"]
     ]
     train, heldout, fd = rows(distillations.page, ["swa"])
-    assert train == ["swa", "75 %", "1 to 2", "0.90000", "0.80000", "-", "-", "-"] + [
-        "0.35000 ± 0.07071",
+    assert train == ["swa", "75 %", "1 to 3", "0.90000", "0.80000", "-", "-", "-"] + [
+        "0.50000 ± 0.26458",
         "0.25000",
     ]
-    assert heldout[3] == "1.80000" and fd[-2:] == ["3.500 ± 0.707", "2.500"]
+    assert heldout[3] == "1.80000" and fd[-2:] == ["5.000 ± 2.646", "2.500"]
     column = "| distilled, finetuned | distilled, finetuned with KD |\n"
     assert text.count(column) == 3
 
@@ -181,7 +190,22 @@ def test_every_case_of_the_distillation_study_is_of_the_report(tmp_path):
     assert [n for n in range(len(wanted)) if f"{1000 + n}.000" not in text] == []
 
 
-@pytest.mark.parametrize("study", [selection_study, distillation_study])
+def test_restructuring_page(tmp_path):
+    for seed, mse in enumerate((0.1, 0.2, 0.6)):
+        values = {"train_mse": mse, "heldout_mse": 2 * mse, "fd_mini": 10 * mse}
+        record = {"start": "half-learned", "training": "finetune", "seed": seed, **values}
+        sizes = {"layers": 21, "parameters": 8_400_000, "gmac": 0.5}
+        answer = {"pairs": [[2, 3], [6, 7]], "confidence": [0.5, 0.75]}
+        write(tmp_path / "results", str(seed), **record, **sizes, **answer)
+    page = empty_page(tmp_path, "scripts/restructuring_study.py")
+    restructuring_study.report(Namespace(results=tmp_path / "results", page=page))
+    line = ["half-learned", "finetuned", "21", "8.40 M", "0.50", "3", "0.30000 ± 0.26458"]
+    assert rows(page, ["half-learned"])[0][:7] == line
+    made = "Seed 2: after 3 steps of selection the gates made 2+3 6+7 parallel"
+    assert f"{made}, with a confidence of 0.50 to 0.75." in page.read_text()
+
+
+@pytest.mark.parametrize("study", [selection_study, distillation_study, restructuring_study])
 def test_mixed_settings_are_refused(study, tmp_path):
     write(tmp_path / "results", "a")
     write(tmp_path / "results", "b", settings={**SETTINGS, "steps": 6})
