@@ -162,7 +162,7 @@ def main(args: argparse.Namespace) -> None:
             )
             return both[: len(x)].float()
 
-    evaluate = graphed(world, args.compile, guided)
+    evaluate = graphed(world, args.compile, guided, reduces=False)
     shape = (model.in_channels, plan.input_size, plan.input_size)
     seed = args.global_seed
     with ThreadPoolExecutor(max_workers=args.num_workers) as writers:

@@ -223,7 +223,7 @@ def _sampling(
         with precision.autocast(device, setting.dtype):
             return model.forward_with_cfg(torch.cat([x, x]), t, both, cfg_scale)[:B].float()
 
-    evaluate = graphed(setting.world, graph, guided)
+    evaluate = graphed(setting.world, graph, guided, reduces=False)
 
     @torch.no_grad()
     def step() -> None:

@@ -107,7 +107,7 @@ def latency(plan: GraftPlan, batch: int, args: argparse.Namespace) -> float:
         print(line, file=sys.stderr)
     quicken(model, dtype)
     compile_models(world, args.compile, model)
-    forward = graphed(world, args.compile, model)
+    forward = graphed(world, args.compile, model, reduces=False)
     side = plan.input_size
     x = torch.randn(batch, model.in_channels, side, side, device=device, generator=generator)
     t = torch.full((batch,), 500, device=device)

@@ -2,8 +2,9 @@
 
 A model is compiled block by block: blocks of a kind share their code, so that 28 of them compile in
 the time of one, and each block's gradients are there, and on their way to the other processes,
-while those of the blocks before it are still computed. The launches that this leaves are taken off
-the host by running the whole step, from the model's input to the averages, as one CUDA graph.
+while those of the blocks before it are still computed. On one process the launches that this leaves
+are taken off the host by running the whole step, from the model's input to the averages, as one
+CUDA graph; so does sampling on any number.
 """
 
 from collections.abc import Callable
@@ -22,15 +23,10 @@ MODEL_OPTIONS = {"layout_optimization": False}
 # Philox's 32-bit multipliers do not fit.
 FUNCTION_OPTIONS = {"constant_and_index_propagation": False}
 
-# Left to itself Inductor keeps rows of at most 1024 numbers in registers while it takes their mean
-# and variance, and reads longer ones twice; DiT-XL/2's have 1152.
-ROW = 2048
-
 # Kinds of blocks, times batch sizes, times training or not, for which one block may be compiled.
 KINDS = 64
 
-# Steps before a graph is captured. DistributedDataParallel times its first ten and then settles.
-WARM, WARM_TOGETHER = 3, 12
+WARM = 3  # calls before a graph is captured
 
 
 def _wanted(world: World, flag: bool) -> bool:
@@ -46,31 +42,12 @@ def compile_models(world: World, flag: bool, *models: torch.nn.Module, whole: bo
     """
     if not _wanted(world, flag):
         return
-    _settle()
+    torch._dynamo.config.recompile_limit = KINDS
     for model in models:
         dit = getattr(model, "dit", model)
         apart = hasattr(dit, "regions") and not whole
         for region in dit.regions() if apart else [model]:
             region.compile(options=MODEL_OPTIONS, dynamic=False)
-
-
-def _settle() -> None:
-    """What torch.compile has no option for; before anything is compiled."""
-    from torch._inductor.choices import InductorChoices
-    from torch._inductor.runtime.hints import ReductionHint
-    from torch._inductor.virtualized import V
-
-    class Choices(InductorChoices):
-        @staticmethod
-        def should_use_persistent_reduction(features, cooperative_reduction: bool) -> bool:
-            usual = InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
-            return usual or (
-                features.get_reduction_hint() == ReductionHint.INNER
-                and V.graph.sizevars.statically_known_leq(features.reduction_numel, ROW)
-            )
-
-    torch._dynamo.config.recompile_limit = KINDS
-    torch._inductor.config.inductor_choices_class = Choices
 
 
 def compile_functions(world: World, flag: bool, *functions: Callable) -> tuple[Callable, ...]:
@@ -87,37 +64,37 @@ class Graphed:
     same work at every call and wait for nothing. It may change what it closes over (weights,
     averages): the calls before the capture count like the others. Results are overwritten by the
     next call. Inputs must keep their shapes.
-
-    warm: calls before the capture, in which things are compiled and allocated.
     """
 
-    def __init__(self, function: Callable, device: torch.device, warm: int = WARM):
-        self.function, self.device, self.left = function, device, warm
+    def __init__(self, function: Callable, device: torch.device):
+        self.function, self.device, self.left = function, device, WARM
         self.stream = torch.cuda.Stream(device)
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: dict | None = None  # where the graph reads; the calls before it too, so that
+        self.graph: torch.cuda.CUDAGraph | None = None  # capturing finds nothing left to compile
 
     def __call__(self, **inputs):
-        if self.left > 0:
-            self.left -= 1
-            return self._aside(inputs)
-        if self.graph is None:
-            self._capture(inputs)
+        if self.inputs is None:
+            self.inputs = tree_map(torch.clone, inputs)
         for mine, given in zip(tree_leaves(self.inputs), tree_leaves(inputs), strict=True):
             mine.copy_(given)
+        if self.left > 0:
+            self.left -= 1
+            return self._aside()
+        if self.graph is None:
+            self._capture()
         self.graph.replay()
         return self.results
 
-    def _aside(self, inputs: dict):
+    def _aside(self):
         """A call on the stream of the capture, as capturing asks for."""
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
-            results = self.function(**inputs)
+            results = self.function(**self.inputs)
         current.wait_stream(self.stream)
         return results
 
-    def _capture(self, inputs: dict) -> None:
-        self.inputs = tree_map(torch.clone, inputs)
+    def _capture(self) -> None:
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
         self.graph = torch.cuda.CUDAGraph()
@@ -126,8 +103,12 @@ class Graphed:
             self.results = self.function(**self.inputs)
 
 
-def graphed(world: World, flag: bool, function: Callable) -> Callable:
-    """`function` as a `Graphed` where --compile has an effect, else as it is."""
-    if not _wanted(world, flag):
+def graphed(world: World, flag: bool, function: Callable, reduces: bool = True) -> Callable:
+    """`function` as a `Graphed` where --compile has an effect, else as it is.
+
+    reduces: the processes meet in it. Several then launch their kernels one by one: a graph would
+    hide from NCCL's watchdog that one of them is lost.
+    """
+    if not _wanted(world, flag) or (reduces and world.size > 1):
         return function
-    return Graphed(function, world.device, WARM if world.size == 1 else WARM_TOGETHER)
+    return Graphed(function, world.device)
