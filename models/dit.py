@@ -12,6 +12,7 @@ import torch
 from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import nn
 
+from models.operators.modulation import Modulated, add_norm_modulate, modulate, norm
 from models.restructure import PairRunner
 from models.selection import run_slot
 
@@ -54,11 +55,6 @@ def build_dit(name: str, input_size: int, num_classes: int = 1000, **overrides) 
     """
     sizes = {key: value for key, value in preset(name).items() if key != "latent_downsample"}
     return DiT(**{**sizes, "input_size": input_size, "num_classes": num_classes, **overrides})
-
-
-def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Adaptive layer norm's affine part: x [B,T,D], shift and scale [B,D] -> [B,T,D]."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 def sincos_table(side: int, width: int) -> torch.Tensor:
@@ -119,14 +115,12 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
-class DiTBlock(nn.Module):
+class DiTBlock(Modulated):
     """x + gate * slot(modulate(norm(x))), once for the mha slot `attn` and once for `mlp`."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        super().__init__(hidden_size)
         self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(
             hidden_size,
             hidden_features=int(hidden_size * mlp_ratio),
@@ -135,15 +129,29 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(
-        self, x: torch.Tensor, c: torch.Tensor, keep: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """x [B,T,D], condition c [B,D], this block's keep (see DiT.forward) -> [B,T,D]"""
+        self,
+        x: torch.Tensor,
+        c: torch.Tensor,
+        keep: torch.Tensor | None = None,
+        before: tuple[torch.Tensor, torch.Tensor] | None = None,
+        ended: bool = True,
+    ) -> torch.Tensor | tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """x [B,T,D], condition c [B,D], this block's keep (see DiT.forward) -> [B,T,D]
+
+        So that the sum which ends a block can be taken together with the norm that begins the next:
+        with `ended` False -> x without what the MLP adds, and that: its output [B,T,D] and its gate
+        [B,D], which the next block takes as `before`.
+        """
         parts = self.adaLN_modulation(c).chunk(6, dim=1)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = parts
-        h = modulate(self.norm1(x), shift_attn, scale_attn)
-        x = x + gate_attn.unsqueeze(1) * run_slot(self.attn, h, keep)
-        h = modulate(self.norm2(x), shift_mlp, scale_mlp)
-        return x + gate_mlp.unsqueeze(1) * run_slot(self.mlp, h, keep)
+        branch, gate = (None, None) if before is None else before
+        x, h = add_norm_modulate(x, branch, gate, shift_attn, scale_attn, self.path)
+        branch = run_slot(self.attn, h, keep)
+        x, h = add_norm_modulate(x, branch, gate_attn, shift_mlp, scale_mlp, self.path)
+        branch = run_slot(self.mlp, h, keep)
+        if not ended:
+            return x, (branch, gate_mlp)
+        return x + gate_mlp.unsqueeze(1) * branch
 
 
 class FinalLayer(nn.Module):
@@ -151,13 +159,12 @@ class FinalLayer(nn.Module):
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
         super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(modulate(norm(x), shift, scale))
 
 
 class DiT(nn.Module):
@@ -274,10 +281,13 @@ class DiT(nn.Module):
             shares = [None] * len(self.blocks)
         else:
             shares = keep.unbind(-1 if keep.ndim < 3 else 1)  # 0-d, [B], or [B, 1 + variants]
-        for layer in self.layers:
+        layers, before = self.layers, None
+        for layer, after in zip(layers, [*layers[1:], ()], strict=True):
             held = [self.blocks[i] for i in layer]
             if len(layer) == 1:
-                x = held[0](x, c, shares[layer[0]])
+                ended = hidden is not None or len(after) != 1
+                x = held[0](x, c, shares[layer[0]], before, ended)
+                x, before = (x, None) if ended else x
             else:
                 merge = self.merges[str(layer[0])]
                 x = x + self.run_pair(x, c, *held, merge, [shares[i] for i in layer])

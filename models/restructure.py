@@ -21,6 +21,7 @@ from functools import cache
 import torch
 from torch import nn
 
+from models.operators.modulation import norm
 from models.operators.stacked import linear_both, obstacle, run_both
 from models.selection import PairChoice, mix, run_slot
 
@@ -116,9 +117,9 @@ def pair_change(
     condition = silu(c).expand(2, -1, -1)  # 2 B D
     parts = linear_both(linear, second.adaLN_modulation[1], condition).unsqueeze(2)
     shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = parts.chunk(6, dim=-1)
-    h = first.norm1(x) * (1 + scale_attn) + shift_attn  # 2 B T D
+    h = norm(x) * (1 + scale_attn) + shift_attn  # 2 B T D
     change = gate_attn * _slots(first.attn, second.attn, h, shares)
-    h = first.norm2(x + change) * (1 + scale_mlp) + shift_mlp
+    h = norm(x + change) * (1 + scale_mlp) + shift_mlp
     change = change + gate_mlp * _slots(first.mlp, second.mlp, h, shares)
     return merge(change.permute(1, 2, 0, 3).flatten(2))  # B T 2D -> B T D
 

@@ -14,15 +14,18 @@ import contextlib
 import copy
 import importlib
 import importlib.metadata
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from models.operators import modulation
 from models.operators.attention import SlidingWindowAttention
 from models.operators.hyena import CausalConv, HyenaSE, HyenaX, HyenaY, MlpHyenaX
 from models.operators.mamba2 import Mamba2
+from models.operators.modulation import Modulated
 
 # Of `disagreement`. Products of TF32 are off by about 3e-4 and more: they do not pass as float32.
 TOLERANCES = {torch.float32: 5e-5, torch.bfloat16: 2e-2, torch.float16: 1e-2}
@@ -119,15 +122,15 @@ def accelerate(
     for module in model.modules():
         if type(module) in PREFERRED:
             kinds.setdefault(_kind(module), []).append(module)
-    for operators in kinds.values():
-        for operator in operators:
-            reset(operator)
-    if kinds and device.type not in DEVICES:
-        return [f"operators: PyTorch (on the {device.type.upper()})"]
-    if kinds and kernels == "torch":
-        return ["operators: PyTorch (as --kernels says)"]
+    blocks = [module for module in model.modules() if isinstance(module, Modulated)]
+    for operator in (*itertools.chain(*kinds.values()), *blocks):
+        reset(operator)
+    if device.type not in DEVICES:
+        return [f"operators: PyTorch (on the {device.type.upper()})"] if kinds else []
+    if kernels == "torch":
+        return ["operators: PyTorch (as --kernels says)"] if kinds else []
     lines = [_settle(operators, device, dtype, tokens) for operators in kinds.values()]
-    return list(dict.fromkeys(lines))
+    return list(dict.fromkeys([*lines, *_settle_modulation(blocks, device, dtype)]))
 
 
 def _settle(
@@ -151,6 +154,20 @@ def _settle(
             set_path(operator, path)
     ran = " + ".join(taken.values()) or "PyTorch"
     return f"{name}: {ran}" + (f" ({'; '.join(refused)})" if refused else "")
+
+
+def _settle_modulation(
+    blocks: list[Modulated], device: torch.device, dtype: torch.dtype
+) -> list[str]:
+    """Sets the path of norms and modulation of the blocks of a model -> a line for each width."""
+    lines = []
+    for width in dict.fromkeys(block.width for block in blocks):
+        reason = modulation.refusal(width, device, dtype)
+        for block in blocks:
+            if block.width == width and not reason:
+                block.path = "triton"
+        lines.append(f"norm and modulation: {f'PyTorch (Triton {reason})' if reason else 'Triton'}")
+    return lines
 
 
 def refusal(
@@ -222,7 +239,7 @@ def _distances(some: list[torch.Tensor], exact: list[torch.Tensor]) -> list[floa
 
 def reset(operator: nn.Module) -> None:
     """Every part of `operator` on PyTorch."""
-    for module in _sites(operator, SlidingWindowAttention, CausalConv, Mamba2):
+    for module in _sites(operator, SlidingWindowAttention, CausalConv, Mamba2, Modulated):
         module.path = "torch"
 
 
