@@ -1,5 +1,7 @@
 """What makes a trained model faster to run, and no longer one to train."""
 
+from functools import cache
+
 import torch
 from timm.models.vision_transformer import Mlp
 from torch import nn
@@ -40,8 +42,11 @@ def quicken(model: nn.Module, dtype: torch.dtype, float8: bool = False) -> None:
     if float8:
         _check_float8(device, dtype, len(alone) == len(model.layers))
         for block in alone:
-            for slot in (block.attn, block.mlp):
-                _to_float8(slot)
+            gelu = isinstance(block.mlp, Mlp) and _is_tanh_gelu(block.mlp.act)
+            _to_float8(block.attn)
+            _to_float8(block.mlp)
+            if gelu and isinstance(block.mlp.fc2, Float8Linear):
+                block.mlp.act, block.mlp.fc2.gelu = nn.Identity(), True
     elif device.type == "cuda" and dtype == torch.bfloat16:
         for block in alone:
             if isinstance(block.mlp, Mlp) and _is_tanh_gelu(block.mlp.act):
@@ -70,17 +75,18 @@ class Float8Linear(nn.Module):
 
     [..., in] -> [..., out] bf16. Every row of the input and every row of the weight has its own
     scale, so that its largest entry becomes the largest 8-bit float; sums are kept in float32.
+    gelu: of the tanh form of GELU of the input.
     """
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Linear, gelu: bool = False):
         super().__init__()
         weight, scale = to_float8(linear.weight.detach())
         self.register_buffer("weight", weight)  # out in
         self.register_buffer("scale", scale.T.contiguous())  # 1 out
-        self.bias = linear.bias
+        self.bias, self.gelu = linear.bias, gelu
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows, scale = to_float8(x.flatten(0, -2))
+        rows, scale = fused_to_float8(x.flatten(0, -2), self.gelu)
         y = torch._scaled_mm(
             rows,
             self.weight.t(),
@@ -100,8 +106,58 @@ def to_float8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (rows / scale).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8), scale
 
 
+@torch.library.custom_op("grafts::to_float8", mutates_args=())
+def fused_to_float8(rows: torch.Tensor, gelu: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """`to_float8` of rows [N,K], or of their GELU, in one pass; on CUDA."""
+    import triton
+
+    rows = rows.contiguous()
+    N, K = rows.shape
+    small = torch.empty_like(rows, dtype=FLOAT8)
+    scale = rows.new_empty((N, 1), dtype=torch.float32)
+    block = triton.next_power_of_2(K)
+    _float8_kernel()[(N,)](
+        rows, small, scale, K, FLOAT8_MAX, GELU=gelu, BLOCK=block, num_warps=4 + 4 * (block > 2048)
+    )
+    return small, scale
+
+
+@fused_to_float8.register_fake
+def _(rows, gelu):
+    return (
+        rows.new_empty(rows.shape, dtype=FLOAT8),
+        rows.new_empty((len(rows), 1), dtype=torch.float32),
+    )
+
+
+@cache
+def _float8_kernel():
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(rows, small, scale, K, largest, GELU: tl.constexpr, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        inside = column < K
+        x = tl.load(rows + row * K + column, mask=inside, other=0.0).to(tl.float32)
+        if GELU:  # x * sigmoid(2 u) is 0.5 x (1 + tanh(u))
+            x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        factor = tl.maximum(tl.max(tl.abs(x), 0), 1e-12) / largest
+        y = tl.minimum(tl.maximum(x / factor, -largest), largest)
+        tl.store(small + row * K + column, y.to(small.dtype.element_ty), mask=inside)
+        tl.store(scale + row, factor)
+
+    return kernel
+
+
+def has_float8(device: torch.device) -> bool:
+    """Whether a device multiplies 8-bit floats: Ada and Hopper GPUs or newer."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def _check_float8(device: torch.device, dtype: torch.dtype, no_pairs: bool) -> None:
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+    if not has_float8(device):
         raise ValueError("--fp8: needs an Ada or Hopper GPU or a newer one; leave it out")
     if dtype != torch.bfloat16:
         raise ValueError("--fp8: its results are bf16; leave out --precision fp32, or --fp8")

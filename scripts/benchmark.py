@@ -43,6 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models.costs import model_cost
 from models.dit import build_dit
 from models.files import write_json
+from models.inference import has_float8
 from models.operators import OPERATORS, accelerators, build_operator
 from models.operators.accelerators import KERNELS
 from models.plan import load_plan, plan_from_flags
@@ -191,6 +192,8 @@ def compare(args: argparse.Namespace) -> None:
         setting = loops.Setting(world, dtype, plan, batch, args.compile, args.kernels)
         if args.command == "sampling":
             makers = {"published": partial(loops.published_sampling, setting)}
+            if has_float8(world.device):
+                makers["here, --fp8"] = partial(loops.sampling, setting, fp8=True)
             makers["here"] = partial(loops.sampling, setting)
         else:
             selection = args.command == "selection"
@@ -293,7 +296,7 @@ def matmul_peak(device: torch.device, side: int = 8192) -> float | None:
 
 def print_row(row: dict) -> None:
     """One line of a table."""
-    words = f"{row['work']:10} batch {row['batch']:4}  {row['side']:10} {row['ms']:9.3f} ms"
+    words = f"{row['work']:10} batch {row['batch']:4}  {row['side']:11} {row['ms']:9.3f} ms"
     words += f"  {row['images_per_sec']:9.1f} images/s  {row['ratio']:6.2f}x"
     if row.get("tflops") is not None:
         words += f"  {row['tflops']:6.1f} TFLOP/s"

@@ -1,0 +1,45 @@
+"""models/operators/modulation.py: the Triton kernels, run by Triton's interpreter on the CPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from models.operators import modulation
+
+CHECK = """
+import torch
+from models.operators import modulation
+
+cpu = torch.device("cpu")
+for width in (48,):
+    exact = modulation._disagreement(width, cpu, torch.float32)
+    half = modulation._disagreement(width, cpu, torch.bfloat16)
+    assert exact < 1e-6 and half < 6e-3, (width, exact, half)
+"""
+
+
+def test_kernels_agree_with_pytorch():
+    """Forward and backward, with and without a branch, over rows that do not fill a program."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", CHECK]
+    folder = Path(__file__).resolve().parent.parent
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_kernels_say_where_they_do_not_serve():
+    said = modulation.refusal(1152, torch.device("cpu"), torch.bfloat16)
+    assert said == "is for CUDA, not CPU"
+
+
+def test_open_end_of_a_block_is_what_the_next_one_adds():
+    torch.manual_seed(0)
+    x, branch = torch.randn(2, 2, 5, 16)
+    gate, shift, scale = torch.randn(3, 2, 16)
+    total, h = modulation.add_norm_modulate(x, branch, gate, shift, scale)
+    torch.testing.assert_close(total, x + gate[:, None] * branch)
+    again, same = modulation.add_norm_modulate(total, None, None, shift, scale)
+    assert again is total and torch.equal(same, h)
