@@ -209,8 +209,10 @@ def compare(args: argparse.Namespace) -> None:
                 row["tflops"] = flops / row["ms"] / 1e9
                 row["share_of_peak"] = None if peak is None else row["tflops"] / peak
             rows.append(row)
-            print_row(row)
+            if world.main:
+                print_row(row)
     write_rows(args, world, dtype, rows, config=args.config or model, matmul_peak=peak)
+    distributed.stop()
 
 
 def vae(args: argparse.Namespace) -> None:
@@ -231,7 +233,7 @@ def vae(args: argparse.Namespace) -> None:
         here = loops.coding(fast, images, latents)
         for work in ("encode", "decode"):
             both = {"published": partial(public.get, work), "here": partial(here.get, work)}
-            found = side_by_side(both, 1, args.rounds, world.device)
+            found = side_by_side(both, 1, args.rounds, world.device, args.profile)
             for name, row in found.items():
                 row |= {"work": work, "batch": batch, "side": name}
                 row["images_per_sec"] = 1e3 * batch / row["ms"]
@@ -274,7 +276,7 @@ def side_by_side(
         timed_steps[side] = several
     for side, ms in in_turn(timed_steps, rounds, device).items():
         found[side]["ms"] = ms / steps
-    if profile:
+    if profile and device.type == "cuda":
         print(kernel_times.table(kernel_times.kernel_times(once)))
     return found
 
@@ -315,13 +317,17 @@ def write_rows(
     **about: object,
 ) -> None:
     """The rows and what they were measured on, to --json."""
-    if args.json is None:
+    if args.json is None or not world.main:
         return
     device = str(world.device)
     if world.device.type == "cuda":
         device = torch.cuda.get_device_name(world.device)
     about |= {"device": device, "precision": str(dtype).removeprefix("torch.")}
-    about |= {"torch": str(torch.__version__), "steps": getattr(args, "steps", 1)}
+    about |= {
+        "processes": world.size,
+        "torch": str(torch.__version__),
+        "steps": getattr(args, "steps", 1),
+    }
     write_json(Path(args.json), about | {"rounds": args.rounds, "rows": rows})
 
 
@@ -473,7 +479,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             compiled = argparse.BooleanOptionalAction
             add("--compile", action=compiled, default=True, help="torch.compile")
             add("--kernels", choices=("auto", "torch"), default="auto", help="see the entries")
-            add("--profile", action="store_true", help="print which kernels take the time; CUDA")
+        add("--profile", action="store_true", help="print which kernels take the time; CUDA")
         machine(command)
     return parser.parse_args(argv)
 
