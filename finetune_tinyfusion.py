@@ -31,7 +31,7 @@ from models.grafting import build_grafted, with_base
 from models.operators.accelerators import accelerate
 from models.plan import plan_from_flags, write_plan
 from training import arguments, checkpoint, distributed, nonfinite, precision
-from training.compilation import compile_functions, compile_models, graphed
+from training.compilation import compile_functions, compile_models, graphed, graphed_apart
 from training.draws import draw
 from training.ema import Ema
 from training.knowledge import WithHidden, distilled_losses, pretrained
@@ -153,6 +153,14 @@ def main(args: argparse.Namespace) -> None:
                 )
         return torch.stack([terms[name].mean() for name in names])
 
+    def finish():
+        """What follows the gradients -> their norm before clipping."""
+        norm = guard.step()
+        ema.update()
+        return norm
+
+    finish = graphed_apart(world, args.compile, finish)
+
     def step_on_device(**inputs):
         """A training step -> the loss terms, and the gradient norm before clipping."""
         optimizer.zero_grad(set_to_none=True)
@@ -161,9 +169,7 @@ def main(args: argparse.Namespace) -> None:
             terms = losses(net, **part) / args.grad_accum
             terms[0].backward()
             total += terms.detach()
-        norm = guard.step()
-        ema.update()
-        return total, norm
+        return total, finish()
 
     take_step = graphed(world, args.compile, step_on_device)
 

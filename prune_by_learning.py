@@ -36,7 +36,7 @@ from models.operators.accelerators import accelerate
 from models.plan import plan_from_flags
 from models.selection import GatedDiT, LayerGates, settle, summary
 from training import arguments, checkpoint, distributed, nonfinite, precision
-from training.compilation import compile_functions, compile_models, graphed
+from training.compilation import compile_functions, compile_models, graphed, graphed_apart
 from training.draws import draw
 from training.ema import Ema
 from training.lora import add_lora
@@ -163,6 +163,13 @@ def main(args: argparse.Namespace) -> None:
         with precision.autocast(world.device, dtype):
             return diffusion.training_losses(net, x, t, inputs, noise=noise)["loss"].mean()
 
+    def finish():
+        """What follows the gradients."""
+        guard.step()
+        ema.update()
+
+    finish = graphed_apart(world, args.compile, finish)
+
     def step_on_device(**inputs):
         """A training step -> the loss [1]."""
         optimizer.zero_grad(set_to_none=True)
@@ -171,8 +178,7 @@ def main(args: argparse.Namespace) -> None:
             loss = loss_of(net, **part) / args.grad_accum
             loss.backward()
             total += loss.detach()
-        guard.step()
-        ema.update()
+        finish()
         return total
 
     take_step = graphed(world, args.compile, step_on_device)

@@ -4,7 +4,7 @@ A model is compiled block by block: blocks of a kind share their code, so that 2
 the time of one, and each block's gradients are there, and on their way to the other processes,
 while those of the blocks before it are still computed. On one process the launches that this leaves
 are taken off the host by running the whole step, from the model's input to the averages, as one
-CUDA graph; so does sampling on any number.
+CUDA graph; so does sampling on any number, and on several what follows the gradients.
 """
 
 from collections.abc import Callable
@@ -112,3 +112,8 @@ def graphed(world: World, flag: bool, function: Callable, reduces: bool = True) 
     if not _wanted(world, flag) or (reduces and world.size > 1):
         return function
     return Graphed(function, world.device)
+
+
+def graphed_apart(world: World, flag: bool, function: Callable) -> Callable:
+    """A part of a step in which processes do not meet, as a `Graphed` where the step is none."""
+    return graphed(world, flag and world.size > 1, function, reduces=False)
