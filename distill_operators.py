@@ -101,8 +101,9 @@ def main(args: argparse.Namespace) -> None:
     log.info(f"teacher: {'; '.join(report.lines())}; {len(dit.blocks)} blocks of it run")
     for line in notes if resumed is None else [f"resumed at step {start_step}"]:
         log.info(line)
-    for line in accelerate(students, world.device, dtype, dit.num_tokens, args.kernels):
-        log.info(line)
+    for each in (teacher, students):
+        for line in accelerate(each, world.device, dtype, dit.num_tokens, args.kernels):
+            log.info(line)
     log.info(
         f"{args.num_samples:,} images and {args.val_samples:,} to validate on; {total_steps:,} "
         f"steps of {args.global_batch_size} on {world.size} x {world.device.type}, {dtype}"

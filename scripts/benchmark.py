@@ -113,8 +113,9 @@ def distill(args: argparse.Namespace) -> None:
         graft = plan.graft_at(block, slot)
         made[block, slot] = build_operator(graft.operator, **graft.config)
     students = Students(made, {"mha": "l1", "mlp": "l2"}, 1.0, False).to(world.device)
-    lines = accelerators.accelerate(students, world.device, dtype, dit.num_tokens, args.kernels)
-    print("\n".join(lines))
+    for each in (teacher, students):
+        lines = accelerators.accelerate(each, world.device, dtype, dit.num_tokens, args.kernels)
+        print("\n".join(lines))
     guards = [
         StepGuard(adamw([{"params": [*o.parameters()], "lr": 1e-4}], 0.0), 10.0)
         for o in students.operators
