@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 EPS = 1e-6
-ROWS = 16  # that a program of the backward pass sums over
+# Rows that a program of the backward pass sums over: few enough that there are programs for the
+# whole GPU, no more than that the sums of the programs cost little to add.
+PROGRAMS, LEAST_ROWS, MOST_ROWS = 1024, 2, 16
 TOLERANCE = 2e-2  # of the check at load, by the norm; bf16 in, bf16 out
 
 
@@ -86,7 +88,7 @@ def _disagreement(width: int, device: torch.device, dtype: torch.dtype) -> float
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device, generator=generator)
 
-    B, T = 2, 3 * ROWS + 1  # rows that do not fill the last program
+    B, T = 2, 3 * MOST_ROWS + 1  # rows that do not fill the last program
     given = [draw(B, T, width), draw(B, T, width), *(draw(B, width) for _ in range(3))]
     weights = draw(2, B, T, width)
     worst = 0.0
@@ -229,14 +231,15 @@ def _launch_backward(total, branch, gate, scale, grad_total, grad_h, dx, dbranch
 
     _, backward = _kernels()
     B, T, D = total.shape
-    parts = triton.cdiv(T, ROWS)
+    rows = max(LEAST_ROWS, min(MOST_ROWS, triton.next_power_of_2(B * T // PROGRAMS)))
+    parts = triton.cdiv(T, rows)
     sums = total.new_zeros((3, B, parts, D), dtype=torch.float32)
     given = (total if branch is None else branch, scale if gate is None else gate)
     backward[(B, parts)](
         total, *given, scale, total if grad_total is None else grad_total, grad_h,
         dx, dx if dbranch is None else dbranch, sums,
         T, D, given[1].stride(0), scale.stride(0), B * parts * D, EPS,
-        BRANCH=branch is not None, ROWS=ROWS, BLOCK=triton.next_power_of_2(D), num_warps=8,
+        BRANCH=branch is not None, ROWS=rows, BLOCK=triton.next_power_of_2(D), num_warps=8,
     )  # fmt: skip
     return sums.sum(2)
 
