@@ -12,6 +12,7 @@ import torch
 from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import nn
 
+from models.recompute import run_block
 from models.restructure import PairRunner
 from models.selection import run_slot
 
@@ -212,6 +213,7 @@ class DiT(nn.Module):
         )
         self.merges = nn.ModuleDict()  # of parallel pairs, by their first block
         self.run_pair = PairRunner()
+        self.recomputes = False  # models/recompute.py
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.reset_parameters()
 
@@ -277,10 +279,11 @@ class DiT(nn.Module):
         for layer in self.layers:
             held = [self.blocks[i] for i in layer]
             if len(layer) == 1:
-                x = held[0](x, c, shares[layer[0]])
+                x = run_block(self, held[0], x, c, shares[layer[0]])
             else:
                 merge = self.merges[str(layer[0])]
-                x = x + self.run_pair(x, c, *held, merge, [shares[i] for i in layer])
+                pair = (*held, merge, [shares[i] for i in layer])
+                x = x + run_block(self, self.run_pair, x, c, *pair)
             if hidden is not None:
                 hidden.append(x)
         return x, c
