@@ -32,17 +32,17 @@ python extract_features.py --data-path data/mini/train --features-path "$out/lat
 
 stage "3/6 learned layer selection: 75 % -> 50 %"
 python prune_by_learning.py --config configs/mini/75p_swa.yaml --data-path "$out/latents" \
-    --results-dir "$out" --prefix selection --delta-w --lora --max-steps 80 \
+    --results-dir "$out" --prefix selection --delta-w --lora --max-steps 100 \
     --global-batch-size 16 --lr 3e-4 --gate-lr 4e-3 --ema-decay 0.95 --log-every 10
 
 stage "4/6 finetuning the selected 50 % graft"
 python finetune_tinyfusion.py --config "$out/selection-DiT-Mini-2/selected.yaml" \
-    --data-path "$out/latents" --results-dir "$out" --prefix finetune --max-steps 120 \
-    --global-batch-size 16 --lr 6e-4 --lr-end-factor 0.1 --ema-decay 0.97 --log-every 20
+    --data-path "$out/latents" --results-dir "$out" --prefix finetune --max-steps 200 \
+    --global-batch-size 16 --lr 5e-4 --lr-end-factor 0.1 --ema-decay 0.98 --log-every 20
 
 stage "5/6 sampling 64 images"
 python sample_ddp_finetuned.py --config "$out/selection-DiT-Mini-2/selected.yaml" \
-    --graft-fusion-ckpt-path "$out/finetune-DiT-Mini-2/checkpoints/0000120.pt" \
+    --graft-fusion-ckpt-path "$out/finetune-DiT-Mini-2/checkpoints/0000200.pt" \
     --sample-dir "$out" --folder-name samples --num-fid-samples 64 --labels balanced \
     --sampler dpm++ --num-sampling-steps 14 --cfg-scale 2.0
 
