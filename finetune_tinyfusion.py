@@ -30,6 +30,7 @@ from latents.store import open_latents
 from models.grafting import build_grafted, with_base
 from models.operators.accelerators import accelerate
 from models.plan import plan_from_flags, write_plan
+from models.recompute import recompute
 from training import arguments, checkpoint, distributed, nonfinite, precision
 from training.compilation import compile_functions, compile_models, graphed, graphed_apart
 from training.draws import draw
@@ -84,6 +85,8 @@ def main(args: argparse.Namespace) -> None:
     # Model: every tensor from a file, or from the checkpoint that is resumed; its teacher
     model, report = build_grafted(plan, weights=resumed is None)
     adapted = add_lora_around(model, plan, args.lora_rank, args.lora_alpha) if args.lora else []
+    if args.grad_checkpoint:
+        recompute(model)
     model.to(world.device).train()
     learner, teacher = model, None
     if args.distill:
@@ -253,6 +256,7 @@ def parse_args() -> argparse.Namespace:
         help="base DiT checkpoint, instead of the YAML's base_ckpt_path; none: from scratch",
     )
     add = arguments.add_run(parser, prefix="finetune")
+    arguments.add_grad_checkpoint(add)
     add("--val-every", type=arguments.positive, help="steps between validations (unset: the end)")
     add = parser.add_argument_group("knowledge distillation").add_argument
     add("--distill", action="store_true", help="learn from the pretrained DiT too (TinyFusion)")
@@ -270,8 +274,7 @@ def parse_args() -> argparse.Namespace:
     )
     add = arguments.add_optimisation(parser, ema_decay=0.9999)
     add("--lora", action="store_true", help="low-rank updates of all but the new operators")
-    add("--lora-rank", type=arguments.positive, default=64, help="rank of each update")
-    add("--lora-alpha", type=arguments.rate, help="updates are scaled by alpha / rank (2 x rank)")
+    arguments.add_lora(add, rank=64)
     arguments.add_schedule(add, kind="cosine")
     arguments.add_machine(parser)
     add = parser.add_argument_group("accepted so that old commands run").add_argument

@@ -34,13 +34,14 @@ from latents.store import open_latents
 from models.grafting import build_open, gated_in, load_plan, new_parts, with_base
 from models.operators.accelerators import accelerate
 from models.plan import plan_from_flags
+from models.recompute import recompute
 from models.selection import GatedDiT, LayerGates, settle, summary
 from training import arguments, checkpoint, distributed, nonfinite, precision
 from training.compilation import compile_functions, compile_models, graphed, graphed_apart
 from training.draws import draw
 from training.ema import Ema
 from training.lora import add_lora
-from training.optimizer import StepGuard, adamw, count, schedule
+from training.optimizer import StepGuard, adamw, count, ramp, schedule
 from training.runlog import Means, RunLog, cut_records, watched
 from training.selection_report import (
     TRAJECTORY,
@@ -50,7 +51,6 @@ from training.selection_report import (
     write_trajectory_line,
 )
 
-GROUPS = {"grafts": "2:4", "pairs": "1:2"}  # by what is chosen; half keeps the original
 # A resumed run must have these flags as it was begun with
 FIXED = ("candidates", "choose", "groups", "pin", "delta_w", "lora", "lora_rank", "lora_alpha")
 FIXED += ("tau_range", "scaling_range", "lr", "gate_lr", "clip_grad", "class_dropout", "ema_decay")
@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
     plans = [plan, *(with_base(load_plan(file), args.load_weight) for file in args.candidates)]
     if args.choose is None:
         args.choose = "pairs" if plan.parallel_pairs and not plan.grafts else "grafts"
-    args.groups = args.groups or GROUPS[args.choose]
+    args.groups = args.groups or arguments.GROUPS[args.choose]
     gates = LayerGates(plan.depth, args.groups, args.pin, **gated_in(plans, args.choose))
     store = open_latents(args.data_path, num_classes=plan.num_classes)
     store.check_plan(plan)
@@ -94,6 +94,8 @@ def main(args: argparse.Namespace) -> None:
     for name, parameter in model.named_parameters():
         moves = not args.lora or "lora_" in name or any(text in f".{name}" for text in new)
         parameter.requires_grad_(name != "pos_embed" and args.delta_w and moves)
+    if args.grad_checkpoint:
+        recompute(model)
     gated = GatedDiT(model, gates)
     gated.to(world.device).train()
 
@@ -255,11 +257,6 @@ def main(args: argparse.Namespace) -> None:
     distributed.stop()
 
 
-def ramp(ends: list[float], done: float) -> float:
-    """Linear from ends[0] to ends[1] as `done` goes from 0 to 1."""
-    return ends[0] + (ends[1] - ends[0]) * done
-
-
 def parse_args() -> argparse.Namespace:
     parser = arguments.parser(__doc__)
     add = arguments.add_graft(parser)
@@ -270,50 +267,15 @@ def parse_args() -> argparse.Namespace:
         metavar="YAML",
         help="further graft YAMLs of the same model whose operators compete with --config's",
     )
-    add = parser.add_argument_group("selection").add_argument
-    add(
-        "--choose",
-        choices=GROUPS,
-        help="between each block and its graft, or between each pair of blocks in sequence and in "
-        "parallel (unset: grafts, where the YAML has any)",
-    )
-    add(
-        "--groups",
-        help="N:M keeps N originals in every M blocks, or pairs (1:2, 3:4, 7:14, ...); 2:4,1:8,... "
-        "gives each group its own (unset: 2:4, of pairs 1:2)",
-    )
-    add(
-        "--pin",
-        type=int,
-        nargs="*",
-        default=[],
-        help="blocks to keep, beside those without a graft; pairs by their first block",
-    )
+    add = arguments.add_selection(parser)
     add("--delta-w", action="store_true", help="train weights too, not the gates alone")
     add("--lora", action="store_true", help="with --delta-w: LoRA on all but the grafts")
-    add("--lora-rank", type=arguments.positive, default=8, help="rank of each update")
-    add("--lora-alpha", type=arguments.rate, help="updates are scaled by alpha / rank (2 x rank)")
-    add(
-        "--tau-range",
-        type=arguments.rate,
-        nargs=2,
-        metavar=("START", "END"),
-        default=[4.0, 0.1],
-        help="temperature of the Gumbel softmax, linear over the run",
-    )
-    add(
-        "--scaling-range",
-        type=arguments.rate,
-        nargs=2,
-        metavar=("START", "END"),
-        default=[100.0, 100.0],
-        help="factor on the logits, linear over the run",
-    )
+    arguments.add_lora(add, rank=8)
     add(
         "--save-model",
         help="also write the selected model, LoRA merged, and beside it a YAML that starts from it",
     )
-    arguments.add_run(parser, prefix="learn_mask")
+    arguments.add_grad_checkpoint(arguments.add_run(parser, prefix="learn_mask"))
     add = arguments.add_optimisation(parser, ema_decay=0.999)
     add("--gate-lr", type=arguments.rate, default=1e-3, help="learning rate of the gate logits")
     arguments.add_machine(parser)

@@ -17,18 +17,17 @@ rounding. A run that was stopped goes on with the images that are missing.
 """
 
 import argparse
-import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from diffusion import noise
 from diffusion.samplers import sample
-from evaluation.writers import describe_run, save_grid, save_npz, save_png
+from evaluation.writers import default_name, describe_run, save_grid, save_npz, save_png
 from latents.codec import load_codec
+from latents.labels import LABELS, read_labels
 from latents.prompts import read_prompts
 from latents.text import load_text_encoder
 from models.files import file_sha256
@@ -42,7 +41,6 @@ from training import arguments, distributed, precision
 from training.compilation import compile_functions, compile_models, graphed
 from training.runlog import watched
 
-LABELS = ("random", "balanced")  # else a file
 # What flags left unset stand for: the papers' for DiT, those of diffusers' pipeline for PixArt
 DEFAULTS_DIT = {"sampler": "ddpm", "num_sampling_steps": 250, "cfg_scale": 1.5, "cfg_channels": 3}
 DEFAULTS_PIXART = {
@@ -211,41 +209,6 @@ def main(args: argparse.Namespace) -> None:
     distributed.stop()
 
 
-def read_labels(path: str, count: int, num_classes: int) -> torch.Tensor:
-    """The classes of images 0, 1, ... in a file, one whole number a line or a .npy; int64 [N].
-
-    Raises:
-        FileNotFoundError, ValueError: no such file; something else in it; fewer labels than
-            `count`, or one outside the classes.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"--labels {path}: no such file; use {', '.join(LABELS)} or a file of labels"
-        )
-    form = "needs one whole number a line, or a .npy of whole numbers [N]"
-    try:
-        if path.endswith(".npy"):
-            labels = np.load(path, allow_pickle=False)
-        else:
-            labels = np.array(list(map(int, Path(path).read_text(encoding="utf-8").splitlines())))
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"--labels {path}: {form} ({error})") from error
-    if labels.ndim != 1 or (labels.dtype.kind not in "iu" and len(labels)):
-        raise ValueError(f"--labels {path}: {form}, holds {labels.dtype} {list(labels.shape)}")
-    if len(labels) < count:
-        raise ValueError(
-            f"--labels {path}: {len(labels)} labels for {count} images: add some, or lower "
-            "--num-fid-samples"
-        )
-    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
-    if len(wrong):
-        raise ValueError(
-            f"--labels {path}: label {labels[wrong[0]]} of image {wrong[0]} is outside the "
-            f"{num_classes} classes, 0 to {num_classes - 1}"
-        )
-    return torch.from_numpy(labels.astype(np.int64))
-
-
 def settle_sampler(args: argparse.Namespace, plan: GraftPlan) -> None:
     """Gives unset flags the defaults of the plan's model; ValueError for what it does not take."""
     for flag, value in (DEFAULTS_PIXART if plan.captioned else DEFAULTS_DIT).items():
@@ -259,22 +222,6 @@ def settle_sampler(args: argparse.Namespace, plan: GraftPlan) -> None:
         raise ValueError(f"--cfg-channels {args.cfg_channels}: {plan.model_name} is guided on all")
     if not plan.captioned and args.prompts is not None:
         raise ValueError(f"--prompts {args.prompts}: {plan.model_name} is told classes; drop it")
-
-
-def default_name(args: argparse.Namespace, model_name: str, checkpoint: str | None) -> str:
-    """A folder name that tells runs apart: model, run and step, sampler, guidance, seed."""
-    source = Path(args.config_filepath or "plain").stem
-    if checkpoint is not None:
-        path = Path(checkpoint).resolve()
-        run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-        source = f"{run.name}_{path.stem}"
-    if args.prompts is not None:
-        source = f"{source}-{Path(args.prompts).stem}"
-    name = (
-        f"{model_name}-{source}-{args.sampler}{args.num_sampling_steps}"
-        f"-cfg-{args.cfg_scale}-seed-{args.global_seed}"
-    )
-    return re.sub(r"[^A-Za-z0-9._+-]", "-", name)
 
 
 def cfg_channels(text: str) -> int | str:

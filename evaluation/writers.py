@@ -3,7 +3,9 @@
 import contextlib
 import json
 import math
+import re
 import zipfile
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,6 +25,22 @@ IDENTIFIED_BY = {
     "text_encoder": "text_encoder_sha256",
 }
 PACKED = 64  # images that go into an .npz at once
+
+
+def default_name(args: Namespace, model_name: str, checkpoint: str | None) -> str:
+    """A folder name that tells runs apart: model, run and step, sampler, guidance, seed."""
+    source = Path(args.config_filepath or "plain").stem
+    if checkpoint is not None:
+        path = Path(checkpoint).resolve()
+        run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+        source = f"{run.name}_{path.stem}"
+    if args.prompts is not None:
+        source = f"{source}-{Path(args.prompts).stem}"
+    name = (
+        f"{model_name}-{source}-{args.sampler}{args.num_sampling_steps}"
+        f"-cfg-{args.cfg_scale}-seed-{args.global_seed}"
+    )
+    return re.sub(r"[^A-Za-z0-9._+-]", "-", name)
 
 
 def describe_run(folder: Path, settings: dict, complete: bool) -> None:

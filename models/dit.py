@@ -13,6 +13,7 @@ from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import nn
 
 from models.operators.modulation import Modulated, add_norm_modulate, modulate, norm
+from models.recompute import run_block
 from models.restructure import PairRunner
 from models.selection import run_slot
 
@@ -219,6 +220,7 @@ class DiT(nn.Module):
         )
         self.merges = nn.ModuleDict()  # of parallel pairs, by their first block
         self.run_pair = PairRunner()
+        self.recomputes = False  # models/recompute.py
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.reset_parameters()
 
@@ -286,11 +288,12 @@ class DiT(nn.Module):
             held = [self.blocks[i] for i in layer]
             if len(layer) == 1:
                 ended = hidden is not None or len(after) != 1
-                x = held[0](x, c, shares[layer[0]], before, ended)
+                x = run_block(self, held[0], x, c, shares[layer[0]], before, ended)
                 x, before = (x, None) if ended else x
             else:
                 merge = self.merges[str(layer[0])]
-                x = x + self.run_pair(x, c, *held, merge, [shares[i] for i in layer])
+                pair = (*held, merge, [shares[i] for i in layer])
+                x = x + run_block(self, self.run_pair, x, c, *pair)
             if hidden is not None:
                 hidden.append(x)
         return x, c

@@ -19,6 +19,7 @@ from torch import nn
 
 from models.captions import Captions
 from models.dit import DiT, modulate
+from models.recompute import run_block
 from models.selection import run_slot
 from models.weights import diffusers_name
 
@@ -107,6 +108,7 @@ class PixArt(nn.Module):
         self.caption_projection = whole.caption_projection
         self.blocks = nn.ModuleList(PixArtBlock(block) for block in whole.transformer_blocks)
         self.merges = nn.ModuleDict()  # as DiT's; no pairs run in parallel here
+        self.recomputes = False  # models/recompute.py
         self.norm_out = whole.norm_out
         self.scale_shift_table = whole.scale_shift_table
         self.proj_out = whole.proj_out
@@ -155,7 +157,7 @@ class PixArt(nn.Module):
         if keep is not None:
             shares = keep.unbind(-1 if keep.ndim < 3 else 1)  # 0-d, [B], or [B, 1 + variants]
         for block, share in zip(self.blocks, shares, strict=True):
-            x = block(x, c, share)
+            x = run_block(self, block, x, c, share)
             if hidden is not None:
                 hidden.append(x)
         return x, c

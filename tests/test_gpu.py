@@ -129,7 +129,7 @@ def mini(tmp_path_factory):
 SELECT = ("prune_by_learning.py", "--delta-w", "--lora", "--tau-range", 4, 4)
 
 
-@pytest.mark.parametrize(
+ENTRIES = pytest.mark.parametrize(
     "entry, config",
     [
         (("finetune_tinyfusion.py",), "75p_swa"),
@@ -138,19 +138,34 @@ SELECT = ("prune_by_learning.py", "--delta-w", "--lora", "--tau-range", 4, 4)
     ],
     ids=["finetune", "parallel_pairs", "select"],
 )
+
+
+def losses_of(mini, entry, config, *flags):
+    """The losses of a run's 12 steps."""
+    prefix = "".join([entry[0][:-3], "-", config, *flags])
+    run(
+        *entry, "--config", f"configs/mini/{config}.yaml", *flags, "--results-dir", mini,
+        "--data-path", mini / "latents", "--prefix", prefix, "--max-steps", 12,
+        "--global-batch-size", 32, "--log-every", 1,
+    )  # fmt: skip
+    lines = (mini / f"{prefix}-DiT-Mini-2" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@ENTRIES
 def test_compiled_steps_follow_eager_ones(mini, entry, config):
     """bf16 rounding apart: the same data, noise and draws, so the losses stay together."""
-    losses = {}
-    for mode in ("--compile", "--no-compile"):
-        prefix = f"{entry[0][:-3]}-{config}{mode}"
-        run(
-            *entry, "--config", f"configs/mini/{config}.yaml", mode, "--results-dir", mini,
-            "--data-path", mini / "latents", "--prefix", prefix, "--max-steps", 12,
-            "--global-batch-size", 32, "--log-every", 1,
-        )  # fmt: skip
-        lines = (mini / f"{prefix}-DiT-Mini-2" / "metrics.jsonl").read_text().splitlines()
-        losses[mode] = [json.loads(line)["loss"] for line in lines]
-    np.testing.assert_allclose(losses["--compile"], losses["--no-compile"], rtol=0.02)
+    compiled, eager = (losses_of(mini, entry, config, m) for m in ("--compile", "--no-compile"))
+    np.testing.assert_allclose(compiled, eager, rtol=0.02)
+
+
+@ENTRIES
+@pytest.mark.parametrize("mode", ["--compile", "--no-compile"])
+def test_blocks_that_run_again_in_backward_train_alike(mini, entry, config, mode):
+    """On a seed of their own: the folders of the runs above are taken."""
+    kept = losses_of(mini, entry, config, mode, "--global-seed=1")
+    again = losses_of(mini, entry, config, mode, "--global-seed=1", "--grad-checkpoint")
+    np.testing.assert_allclose(again, kept, rtol=0.02)
 
 
 # Hyena-Y in blocks where the inherited maps make large activations

@@ -10,8 +10,8 @@ import yaml
 from entries import MINI, REPOSITORY, draw_samples, encode, finetune, run, select
 
 from diffusion import noise
+from latents.labels import read_labels
 from models.files import file_sha256
-from sample_ddp_finetuned import read_labels
 
 
 @pytest.fixture(scope="module")

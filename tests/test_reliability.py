@@ -32,6 +32,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from latents import store as store_module
 from latents.loader import LatentLoader
 from latents.store import StoreWriter
+from models import recompute
 from models.dit import PRESETS, build_dit
 from training import checkpoint, distributed
 
@@ -219,6 +220,35 @@ def test_accumulated_gradients_train_alike(tiny, stage):
     begin(tiny, stage, f"{name}-across", *flags).join()
     state, lines = ended(tiny, f"{name}-across", 6)
     assert_close(tiny, first_state, first_lines[-len(lines) :], state, lines)
+
+
+@pytest.mark.parametrize("stage", ["finetune_tinyfusion.py", "prune_by_learning.py"])
+def test_blocks_that_run_again_in_backward_train_to_the_same_bits(tiny, stage):
+    """--grad-checkpoint, alone, and on two processes in two passes a step."""
+    calls = tiny / "recomputed.txt"
+
+    def count_blocks(rank):
+        run_again = recompute.checkpoint
+
+        def spied(*arguments, **options):
+            with calls.open("a") as file:
+                file.write(f"{rank}")
+            return run_again(*arguments, **options)
+
+        recompute.checkpoint = spied
+
+    name = stage.split("_")[0] + "-recompute"
+    for passes, ranks in ((1, 1), (2, 2)):
+        flags = ["--grad-accum", passes, "--max-steps", 4]
+        runs = [f"{name}{ranks}{way}" for way in ("without", "with")]
+        begin(tiny, stage, runs[0], *flags, ranks=ranks).join()
+        flags.append("--grad-checkpoint")
+        begin(tiny, stage, runs[1], *flags, ranks=ranks, before=count_blocks).join()
+        (state, lines), (other, others) = (ended(tiny, run, 4) for run in runs)
+        assert same(state["model"], other["model"]) and same(state["opt"], other["opt"])
+        assert lines == others
+        assert len(calls.read_text()) == 4 * passes * ranks * TINY["depth"]
+        calls.unlink()
 
 
 def assert_close(folder, state, lines, other, others):

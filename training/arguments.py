@@ -7,6 +7,8 @@ from typing import NoReturn
 
 from training.optimizer import SCHEDULES
 
+GROUPS = {"grafts": "2:4", "pairs": "1:2"}  # by what is chosen; half keeps the original
+
 
 def parser(doc: str, positional: str = "") -> argparse.ArgumentParser:
     """A parser whose --help shows the entry's docstring and every default that says something.
@@ -94,6 +96,62 @@ def add_run(parser: argparse.ArgumentParser, prefix: str) -> Callable:
     add("--keep-last", type=positive, help="delete older checkpoints than so many (unset: none)")
     add("--keep-every", type=positive, help="with --keep-last: multiples of so many steps stay")
     return add
+
+
+def add_selection(parser: argparse.ArgumentParser) -> Callable:
+    """The flags of what layer selection chooses from, and how; returns the group's add_argument."""
+    add = parser.add_argument_group("selection").add_argument
+    add(
+        "--choose",
+        choices=GROUPS,
+        help="between each block and its graft, or between each pair of blocks in sequence and in "
+        "parallel (unset: grafts, where the YAML has any)",
+    )
+    add(
+        "--groups",
+        help="N:M keeps N originals in every M blocks, or pairs (1:2, 3:4, 7:14, ...); 2:4,1:8,... "
+        "gives each group its own (unset: 2:4, of pairs 1:2)",
+    )
+    add(
+        "--pin",
+        type=int,
+        nargs="*",
+        default=[],
+        help="blocks to keep, beside those without a graft; pairs by their first block",
+    )
+    add(
+        "--tau-range",
+        type=rate,
+        nargs=2,
+        metavar=("START", "END"),
+        default=[4.0, 0.1],
+        help="temperature of the Gumbel softmax, linear over the run",
+    )
+    add(
+        "--scaling-range",
+        type=rate,
+        nargs=2,
+        metavar=("START", "END"),
+        default=[100.0, 100.0],
+        help="factor on the logits, linear over the run",
+    )
+    return add
+
+
+def add_lora(add: Callable, rank: int) -> None:
+    """The flags of low-rank updates, by default of this rank."""
+    add("--lora-rank", type=positive, default=rank, help="rank of each update")
+    add("--lora-alpha", type=rate, help="updates are scaled by alpha / rank (2 x rank)")
+
+
+def add_grad_checkpoint(add: Callable) -> None:
+    """The flag of `models.recompute`."""
+    add(
+        "--grad-checkpoint",
+        action="store_true",
+        help="keep the inputs of blocks alone and run each again in the backward pass: for batches "
+        "that do not fit otherwise, at about 4/3 of the work",
+    )
 
 
 def add_optimisation(parser: argparse.ArgumentParser, ema_decay: float | None) -> Callable:

@@ -45,6 +45,11 @@ def schedule(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
+def ramp(ends: list[float], done: float) -> float:
+    """Linear from ends[0] to ends[1] as `done` goes from 0 to 1."""
+    return ends[0] + (ends[1] - ends[0]) * done
+
+
 class StepGuard:
     """Clips, then steps unless the gradient is not finite; no transfer to the host in a step.
 
