@@ -50,7 +50,6 @@ class Setting:
     batch: int
     compile: bool
     kernels: str
-    whole: bool = False
 
 
 def random_dit(plan: GraftPlan, device: torch.device, pairs: bool = False) -> DiT:
@@ -126,7 +125,7 @@ def training(setting: Setting, selection: bool) -> Step:
     latents, draws_of, uniform = compile_functions(
         world, setting.compile, store.latents, draw, noise.uniform
     )
-    compile_models(world, setting.compile, net, whole=setting.whole)
+    compile_models(world, setting.compile, net)
     wrapped = distributed.wrap(world, net)
     diffusion = create_diffusion("")
     moments = torch.randn(B, 2, 8, *store.shape[1:], device=device).half()
@@ -196,7 +195,7 @@ def sampling(setting: Setting, fp8: bool = False) -> Step:
     accelerate(model, world.device, setting.dtype, model.num_tokens, setting.kernels)
     quicken(model, setting.dtype, fp8)
     (normal,) = compile_functions(world, setting.compile, noise.normal)
-    compile_models(world, setting.compile, model, whole=setting.whole)
+    compile_models(world, setting.compile, model)
     index = torch.arange(setting.batch, device=world.device)
     step = 0
 

@@ -34,19 +34,14 @@ def _wanted(world: World, flag: bool) -> bool:
     return flag and world.device.type == "cuda"
 
 
-def compile_models(world: World, flag: bool, *models: torch.nn.Module, whole: bool = False) -> None:
-    """Compiles models in place: a DiT, or what holds one as `dit`, block by block.
-
-    whole: in one piece all the same. It takes minutes instead of seconds and then runs faster by
-    what there is to gain across the blocks' borders.
-    """
+def compile_models(world: World, flag: bool, *models: torch.nn.Module) -> None:
+    """Compiles models in place: a DiT, or what holds one as `dit`, block by block."""
     if not _wanted(world, flag):
         return
     torch._dynamo.config.recompile_limit = KINDS
     for model in models:
         dit = getattr(model, "dit", model)
-        apart = hasattr(dit, "regions") and not whole
-        for region in dit.regions() if apart else [model]:
+        for region in dit.regions() if hasattr(dit, "regions") else [model]:
             region.compile(options=MODEL_OPTIONS, dynamic=False)
 
 
