@@ -3,6 +3,9 @@
 python -m pytest -m gpu tests/test_gpu.py
 """
 
+import contextlib
+import gc
+import importlib
 import json
 import os
 import subprocess
@@ -32,15 +35,29 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 
-def run(*command, processes: int = 1) -> None:
+def run(entry: str, *flags, processes: int = 1) -> None:
+    """An entry or script: alone in this process, without the time to start, else by torchrun."""
+    if processes == 1:
+        run_here(entry, *flags)
+        return
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     subprocess.run(
-        [*launcher, f"--nproc_per_node={processes}", *map(str, command)],
+        [*launcher, f"--nproc_per_node={processes}", entry, *map(str, flags)],
         cwd=REPOSITORY,
         env=os.environ,
         check=True,
         timeout=500,
     )
+
+
+def run_here(entry: str, *flags) -> None:
+    module = importlib.import_module(entry.removesuffix(".py").replace("/", "."))
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(REPOSITORY):
+        patch.setattr(sys, "argv", [entry, *map(str, flags)])
+        module.main(module.parse_args())
+    torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="module")
