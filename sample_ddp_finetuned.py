@@ -168,7 +168,7 @@ def main(args: argparse.Namespace) -> None:
         for index in tqdm(batches, disable=not watched(world), unit="batch"):
             count = len(index)
             index = index.to(world.device)
-            if len(batches) > 1:  # a short last batch is filled up: the graph has one size
+            if evaluate is not guided and len(batches) > 1:  # a graph has one size: fill up
                 index = index[torch.arange(args.per_proc_batch_size) % count]
             if prompts is not None:
                 y = prompts.conditions(index)
