@@ -159,12 +159,16 @@ def test_mamba2_scans_and_norms_in_float32_under_autocast(monkeypatch):
     op = build_operator("mamba2", **SMALL["mamba2"])
     scan, given = mamba2.chunked_scan, []
 
-    def seen(*tensors):
+    def note(*tensors):
+        assert not torch.is_autocast_enabled("cpu")  # its products would be bf16
         given.extend(t.dtype for t in tensors if torch.is_tensor(t))
-        return scan(*tensors)
+
+    def seen(*arguments):
+        note(*arguments)
+        return scan(*arguments)
 
     monkeypatch.setattr(mamba2, "chunked_scan", seen)
-    op.norm.register_forward_pre_hook(lambda _, tensors: given.extend(t.dtype for t in tensors))
+    op.norm.register_forward_pre_hook(lambda _, tensors: note(*tensors))
     with torch.autocast("cpu", torch.bfloat16):
         op(torch.randn(2, 10, 32))
     assert given == [torch.float32] * 7  # u, dt, A, b, c; y, z
