@@ -177,7 +177,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("reference", metavar="REFERENCE", type=Path, help="statistics, folder or .npz of images")
     add("samples", metavar="SAMPLES", type=Path, nargs="?", help="folder or .npz of images")
     add("--feature-net", choices=["inception", "mini"], default="inception", help="whose features")
-    add("--protocol", choices=PROTOCOLS, help="of Inception (unset: pytorch-fid)")
+    add("--protocol", choices=PROTOCOLS, help="of Inception (unset: pytorch-fid; papers: adm)")
     add(
         "--inception-weights",
         type=Path,

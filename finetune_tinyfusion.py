@@ -9,10 +9,13 @@ Outputs: <results-dir>/<prefix>-<model>/ with log.txt, metrics.jsonl, tensorboar
         --data-path data/imagenet_encoded --config configs/50p_graftfusion75_swa.yaml \
         --global-batch-size 64 --prefix 50p_swa_graftfusion75_finetune --ckpt-every 40000
 
-The defaults are the final finetuning of learned layer selection: AdamW at 1e-4, cosine to half of
-it, gradient clip 1.0, EMA 0.9999. A YAML with `grafts: []` (or no YAML and --model) trains a plain
-DiT; with --distill the pretrained DiT teaches a grafted one; with --lora all but the new operators
-learn low-rank updates. The same command runs without torchrun, on CPU or GPU.
+The defaults of optimisation are the final finetuning of learned layer selection: AdamW at 1e-4,
+cosine to half of it, gradient clip 1.0, EMA 0.9999; its extent is the command's above, as --epochs
+and --global-batch-size keep the defaults of DiT's own training. Stage 2 (arXiv 2506.05340): 50 000
+steps with --num-images 128000 --max-steps 50000 --lr-schedule constant --warmup-steps 1000
+--clip-grad 10. A YAML with `grafts: []` (or no YAML and --model) trains a plain DiT; with --distill
+the pretrained DiT teaches a grafted one; with --lora all but the new operators learn low-rank
+updates. The same command runs without torchrun, on CPU or GPU.
 """
 
 import argparse
@@ -255,7 +258,7 @@ def parse_args() -> argparse.Namespace:
         "--load-weight",
         help="base DiT checkpoint, instead of the YAML's base_ckpt_path; none: from scratch",
     )
-    add = arguments.add_run(parser, prefix="finetune")
+    add = arguments.add_run(parser, prefix="finetune", whose="; DiT's own, for grafts see above")
     arguments.add_grad_checkpoint(add)
     add("--val-every", type=arguments.positive, help="steps between validations (unset: the end)")
     add = parser.add_argument_group("knowledge distillation").add_argument

@@ -275,7 +275,8 @@ def parse_args() -> argparse.Namespace:
         "--save-model",
         help="also write the selected model, LoRA merged, and beside it a YAML that starts from it",
     )
-    arguments.add_grad_checkpoint(arguments.add_run(parser, prefix="learn_mask"))
+    add = arguments.add_run(parser, "learn_mask", whose="; DiT's own, for selection see above")
+    arguments.add_grad_checkpoint(add)
     add = arguments.add_optimisation(parser, ema_decay=0.999)
     add("--gate-lr", type=arguments.rate, default=1e-3, help="learning rate of the gate logits")
     arguments.add_machine(parser)

@@ -78,6 +78,13 @@ def test_full_size_names_shapes_and_counts(golden, name):
 def test_presets():
     sizes = [f"DiT-{size}/{patch}" for size in ("XL", "L", "B", "S") for patch in (2, 4, 8)]
     assert set(PRESETS) == {*sizes, "DiT-Mini/2", "DiT-Mini-D14/2"}
+    keys = ("depth", "hidden_size", "num_heads", "patch_size")
+    for size, widths in {  # arXiv 2212.09748, Table 1
+        "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)
+    }.items():  # fmt: skip
+        for patch in (2, 4, 8):
+            found = PRESETS[f"DiT-{size}/{patch}"]
+            assert tuple(found[key] for key in keys) == (*widths, patch)
     assert latent_size("DiT-XL/2", 512) == 64 and latent_size("DiT-Mini/2", 64) == 16
     with torch.device("meta"):
         model = build_dit("DiT-Mini/2", 16, num_classes=9, in_channels=6)
@@ -206,6 +213,20 @@ def test_runs_in_bf16_autocast_and_in_bf16_weights():
         assert relative_error(model(x, t, y).float(), expected) < 5e-2
     model.bfloat16()
     assert relative_error(model(x.bfloat16(), t, y).float(), expected) < 1e-1
+
+
+def test_norms_and_the_sum_of_blocks_stay_float32_under_autocast(monkeypatch):
+    model, (x, t, y) = tiny_model(), tiny_inputs()
+    given, norm = [], torch.nn.functional.layer_norm
+
+    def seen(tokens, *others, **options):
+        given.append(tokens.dtype)
+        return norm(tokens, *others, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", seen)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x, t, y)
+    assert given == [torch.float32] * (2 * model.depth + 1)
 
 
 def test_timestep_embedding_keeps_float32_angles_under_autocast():

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.operators import OPERATORS, _note_hint, build_operator, complete_config
+from models.operators import OPERATORS, _note_hint, build_operator, complete_config, mamba2
 from models.operators import attention as attention_module
 
 SMALL = {  # one small configuration of every operator
@@ -152,6 +152,26 @@ def test_operators_run_in_bf16_autocast(name):
     with torch.autocast("cpu", torch.bfloat16):
         y = op(x)
     assert relative_error(y.float(), op(x)) < 5e-2
+
+
+def test_mamba2_scans_and_norms_in_float32_under_autocast(monkeypatch):
+    torch.manual_seed(0)
+    op = build_operator("mamba2", **SMALL["mamba2"])
+    scan, given = mamba2.chunked_scan, []
+
+    def note(*tensors):
+        assert not torch.is_autocast_enabled("cpu")  # its products would be bf16
+        given.extend(t.dtype for t in tensors if torch.is_tensor(t))
+
+    def seen(*arguments):
+        note(*arguments)
+        return scan(*arguments)
+
+    monkeypatch.setattr(mamba2, "chunked_scan", seen)
+    op.norm.register_forward_pre_hook(lambda _, tensors: note(*tensors))
+    with torch.autocast("cpu", torch.bfloat16):
+        op(torch.randn(2, 10, 32))
+    assert given == [torch.float32] * 7  # u, dt, A, b, c; y, z
 
 
 def naive_window(q, k, v, window, scale):

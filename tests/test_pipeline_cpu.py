@@ -12,6 +12,7 @@ from entries import MINI, REPOSITORY, draw_samples, encode, finetune, run, selec
 from diffusion import noise
 from latents.labels import read_labels
 from models.files import file_sha256
+from models.plan import load_plan
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,16 @@ def test_samples_are_described_packed_and_scored(work, pair):
     assert packed.shape == (5, 64, 64, 3) and packed.dtype == np.uint8
     record = json.loads((folder / "samples.json").read_text())
     assert record["complete"] and record["settings"]["num_samples"] == 5
-    assert len(record["settings"]["checkpoint_sha256"]["trained"]) == 64
+    plan = load_plan(work / "runs/pair-DiT-Mini-2/selected.yaml")
+    checkpoint = work / "runs/tuned-DiT-Mini-2/checkpoints/0000002.pt"
+    vae = MINI / "vae" / "diffusion_pytorch_model.safetensors"
+    origin = {
+        "plan": plan.architecture(), "checkpoint_sha256": {"trained": file_sha256(checkpoint)},
+        "sampler": "dpm++", "steps": 4, "cfg_scale": 1.5, "cfg_channels": 3, "labels": "random",
+        "seed": 0, "vae_sha256": file_sha256(vae), "num_samples": 5,
+    }  # fmt: skip
+    assert {key: record["settings"][key] for key in origin} == origin
+    assert {"git_revision", "torch", "time"} <= record.keys()
     assert (work / "samples" / "two-grid.png").is_file()
     score = ["evaluate_fid.py", work / "images", folder, "--feature-net", "mini"]
     run(*score, processes=2)
@@ -74,7 +84,11 @@ def test_samples_are_described_packed_and_scored(work, pair):
     assert list(metrics["metrics"]) == ["fd_mini", "precision", "recall"]
     assert metrics["metrics"]["fd_mini"] > 0
     assert metrics["metrics"] == pytest.approx(again, rel=1e-6)
-    assert metrics["samples_json"]["settings"] == record["settings"]
+    assert metrics["samples_json"] == record
+    assert (metrics["protocol"], metrics["num_samples"]) == ("mini", 5)
+    assert metrics["num_reference"] == 36 and metrics["git_revision"] == record["git_revision"]
+    assert metrics["reference"]["path"] == str(work / "images")
+    assert metrics["samples"]["path"] == str(folder)
 
 
 def test_one_process_draws_the_images_of_two_and_four(work, pair):

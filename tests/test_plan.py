@@ -213,8 +213,14 @@ BAD_CONFIGS = {  # slot, operator, its file -> message
     "tokens of x": ("mha", "hyena_x", "l_max: 63\n", "l_max 63 is less than the model's 64 tokens"),
     "tokens of y": ("mha", "hyena_y", "l_max: 63\n", "l_max 63 is less than the model's 64 tokens"),
     "other tokens": ("mlp", "mlp_hyena_x", "l_max: 65\n", "l_max 65 differs from .* 64 tokens"),
-    "head size": ("mha", "mamba2", "headdim: 48\n", "headdim 48 does not divide .* d_model = 256"),
-    "groups": ("mha", "mamba2", "ngroups: 3\n", "ngroups 3 does not divide the 4 heads"),
+    "head size": (
+        "mha", "mamba2", "headdim: 48\n",
+        "headdim 48 does not divide .* = 256: choose one of 1, 2, 4, 8, 16, 32, 64, 128, 256$",
+    ),
+    "groups": (
+        "mha", "mamba2", "ngroups: 3\n",
+        "ngroups 3 does not divide the 4 heads .*: choose one of 1, 2, 4$",
+    ),
     "negative window": ("mha", "swa", "window_size: [-1, 4]\n", r"window_size \[-1, 4\] .* 0 or "),
     "three windows": ("mha", "swa", "window_size: [1, 2, 3]\n", "window_size .* two whole numbers"),
     "one window": ("mha", "swa", "window_size: 4\n", "window_size 4 .* two whole numbers"),

@@ -410,6 +410,20 @@ def test_a_signal_to_one_process_stops_all_after_a_checkpoint(tiny, stage):
     assert_same_end(tiny, f"{name}-calm", f"{name}-stop")
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_training_opens_a_vae(tiny, stage):
+    from diffusers import AutoencoderKL
+
+    def refuse(rank):
+        def refused(*_, **__):
+            raise AssertionError("a VAE in a training")
+
+        AutoencoderKL.__init__ = AutoencoderKL.from_pretrained = refused
+
+    flags = ["--max-steps", 1, "--ckpt-every", 1]
+    begin(tiny, stage, f"{stage.split('_')[0]}-blind", *flags, before=refuse).join()
+
+
 def test_processes_that_do_not_meet_end_with_one_line(tiny):
     """Of two only one begins; and a port that another program holds."""
 

@@ -6,9 +6,11 @@ import math
 import os
 import re
 import signal
+import sys
 import threading
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from latents.loader import LatentLoader
 from latents.store import open_latents
 from models.dit import DiT
 from models.plan import GraftPlan
-from training import arguments, checkpoint, distributed, nonfinite
+from training import arguments, checkpoint, distributed, nonfinite, precision
 from training.draws import draw
 from training.ema import Ema
 from training.lora import add_lora, merge_lora
@@ -247,6 +249,32 @@ def test_runlog_writes_for_people_and_machines(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_wandb_is_told_when_asked_for_alone(tmp_path, monkeypatch):
+    said = []
+    run = SimpleNamespace(
+        log=lambda values, step: said.append((step, values)), finish=lambda: said.append("end")
+    )
+
+    def init(**settings):
+        said.append((settings["name"], settings["config"]["lr"], settings["dir"]))
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for name, asked in (("calm", False), ("told", True)):
+        log = RunLog(tmp_path / name, CPU, {"lr": 1.0, "wandb": asked})
+        log.metrics(3, loss=0.5)
+        log.close()
+    assert said == [("told", 1.0, str(tmp_path / "told")), (3, {"loss": 0.5}), "end"]
+    for other in ("calm", "told"):
+        assert '"loss": 0.5' in (tmp_path / other / "metrics.jsonl").read_text()
+    silent = RunLog(tmp_path / "other", distributed.World(1, 1, 2, CPU.device), {"wandb": True})
+    silent.close()
+    assert said.count("end") == 1
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="--wandb: .*pip install wandb"):
+        RunLog(tmp_path / "absent", CPU, {"wandb": True})
+
+
 def test_streams_of_the_draws_are_distinct():
     names = ("LABEL", "START", "STEP", "TIMESTEP", "NOISE", "DROP", "POSTERIOR", "FLIP", "GATE")
     assert len({getattr(noise, name) for name in names}) == len(names)
@@ -310,6 +338,21 @@ def run_state(folder, **flags):
     return checkpoint.RunState(
         extent, CPU, plan, Namespace(**settings), means, model=layer, opt=layer
     ), layer
+
+
+def test_a_checkpoint_is_plain_data_with_plan_and_random_state(tmp_path):
+    run, _ = run_state(tmp_path)
+    torch.manual_seed(5)
+    torch.rand(3)
+    run.save(2)
+    run.step_done(10, False)  # waits for what is being written
+    drawn = torch.rand(4)
+    state = torch.load(tmp_path / "checkpoints/0000002.pt", weights_only=True)
+    assert state["plan"] == run.plan.architecture() and state["args"]["ckpt_every"] == 2
+    assert (state["position"]["epoch"], state["position"]["step_in_epoch"]) == (0, 2)
+    torch.manual_seed(6)
+    run.restore(state)
+    assert torch.equal(torch.rand(4), drawn)
 
 
 def test_checkpoints_are_written_aside_of_what_they_were_when_due(tmp_path, monkeypatch):
@@ -385,6 +428,42 @@ def test_the_first_activation_that_is_not_finite_is_named():
     assert nonfinite.first_nonfinite({"dit": model}, again) == "dit.blocks.1.mlp.fc2"
     assert not any(module._forward_hooks for module in model.modules())
     assert means.take()["loss"] == 2 and math.isnan(means.take()["loss"])
+
+
+def test_a_process_takes_the_gpu_of_its_place_on_its_node(monkeypatch):
+    """Rank 6 of two nodes of four GPUs each: not GPU 6."""
+    taken, wrapped = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(distributed, "_meet", lambda *_: None)
+    monkeypatch.setattr(
+        distributed, "DistributedDataParallel", lambda m, **options: wrapped.append(options)
+    )
+    for name, value in (("RANK", "6"), ("LOCAL_RANK", "2"), ("WORLD_SIZE", "8")):
+        monkeypatch.setenv(name, value)
+    world = distributed.start()
+    assert (world.rank, world.device, taken) == (6, torch.device("cuda:2"), [world.device])
+    assert not world.main
+    distributed.wrap(world, torch.nn.Linear(1, 1))
+    assert wrapped[0]["device_ids"] == [2]
+    with pytest.raises(ValueError, match="cuda:1 names one GPU but torchrun started 8"):
+        distributed.start("cuda:1")
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(ValueError, match="wants GPU 4 but only 4 are visible"):
+        distributed.start()
+
+
+def test_precision_and_optimizer_are_the_fast_ones():
+    assert precision.choose(None, torch.device("cuda")) is torch.bfloat16
+    assert precision.choose(None, CPU.device) is torch.float32
+    with pytest.raises(ValueError, match="--precision fp16: use one of bf16, fp32"):
+        precision.choose("fp16", CPU.device)
+    with precision.autocast(CPU.device, torch.bfloat16):
+        assert torch.ones(2, 2).mm(torch.ones(2, 2)).dtype is torch.bfloat16
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = adamw([{"params": [weight], "lr": 1.0}], 0.0)
+    assert optimizer.defaults["fused"] and weight.dtype is torch.float32
 
 
 def test_parts_of_a_batch_reduce_gradients_once():

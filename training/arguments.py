@@ -75,15 +75,19 @@ def add_graft(parser: argparse.ArgumentParser) -> Callable:
     return add
 
 
-def add_run(parser: argparse.ArgumentParser, prefix: str) -> Callable:
-    """The flags of a training run's extent and record; returns the group's add_argument."""
+def add_run(parser: argparse.ArgumentParser, prefix: str, whose: str = "") -> Callable:
+    """The flags of a training run's extent and record; returns the group's add_argument.
+
+    whose: a remark on the defaults of extent, those of DiT's own training, where the recipe of the
+    entry has others.
+    """
     add = parser.add_argument_group("run").add_argument
     add("--results-dir", default="outputs", help="run folders are made here")
     add("--prefix", default=prefix, help="the run folder is <prefix>-<model>")
     add("--resume", help="checkpoint to continue, or auto for the run's newest whole one")
-    add("--epochs", type=positive, default=1400, help="passes over the data")
+    add("--epochs", type=positive, default=1400, help=f"passes over the data{whose}")
     add("--max-steps", type=positive, help="end earlier, after so many steps")
-    add("--global-batch-size", type=positive, default=256, help="images a step, in all")
+    add("--global-batch-size", type=positive, default=256, help=f"images a step, in all{whose}")
     add(
         "--grad-accum",
         type=positive,
@@ -95,6 +99,12 @@ def add_run(parser: argparse.ArgumentParser, prefix: str) -> Callable:
     add("--ckpt-every", type=positive, default=10_000, help="steps between checkpoints")
     add("--keep-last", type=positive, help="delete older checkpoints than so many (unset: none)")
     add("--keep-every", type=positive, help="with --keep-last: multiples of so many steps stay")
+    add(
+        "--wandb",
+        action="store_true",
+        help="report to Weights & Biases too (pip install wandb; WANDB_PROJECT and the like say "
+        "where to)",
+    )
     return add
 
 

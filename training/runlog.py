@@ -1,4 +1,7 @@
-"""The record of a run: log.txt for people, metrics.jsonl for machines, TensorBoard for curves."""
+"""The record of a run: log.txt for people, metrics.jsonl for machines, TensorBoard for curves.
+
+Where --wandb asks for it, Weights & Biases gets what TensorBoard gets.
+"""
 
 import json
 import logging
@@ -90,15 +93,33 @@ class _LogFile(logging.FileHandler):
             raise  # what `emit` caught
 
 
+def _begin_wandb(folder: Path, settings: dict):
+    """A run of Weights & Biases, continued where the one of this folder was cut off.
+
+    Its steps only rise: what is trained again after a resume is not drawn again.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            "--wandb: the package wandb is not installed: pip install wandb, or leave the flag out"
+        ) from error
+    return wandb.init(name=folder.name, dir=str(folder), config=settings, resume="auto")
+
+
 class RunLog:
     """Writes a run's record on rank 0; silent on the others.
 
     Args:
         folder: the run folder; made when missing. A resumed run appends to what is there.
         world: this process's place.
-        settings: flags and derived values of the run, stored at the head of log.txt.
+        settings: flags and derived values of the run, stored at the head of log.txt; with "wandb"
+            true, Weights & Biases is told as well.
         tensorboard: also write event files (needs the `tensorboard` package).
         start_step: finished steps of a resumed run; later lines of its records are cut off.
+
+    Raises:
+        ValueError: the folder cannot be made, or wandb is asked for and not installed.
     """
 
     def __init__(
@@ -111,7 +132,7 @@ class RunLog:
     ) -> None:
         self.folder = Path(folder)
         self.active = world.main
-        self._board = None
+        self._board = self._wandb = None
         self._logger = logging.getLogger(f"run.{self.folder}")
         self._logger.propagate = False
         self._logger.setLevel(logging.INFO)
@@ -125,6 +146,8 @@ class RunLog:
                 f"the folder {self.folder} cannot be made, a file is in its way: name another with "
                 "--results-dir, or for extraction with --features-path"
             ) from error
+        if settings.get("wandb"):
+            self._wandb = _begin_wandb(self.folder, settings)
         form = logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S")
         for handler in (
             logging.StreamHandler(sys.stdout),
@@ -146,7 +169,7 @@ class RunLog:
         self._logger.info(message)
 
     def metrics(self, step: int, **values: float) -> None:
-        """One line for machines: the values at `step`, also as TensorBoard scalars."""
+        """One line for machines: the values at `step`, also as scalars of TensorBoard."""
         if not self.active:
             return
         # JSON has no NaN or infinity
@@ -157,6 +180,8 @@ class RunLog:
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
 
     def close(self) -> None:
         """Flushes and closes the files."""
@@ -167,3 +192,5 @@ class RunLog:
             self._metrics.close()
             if self._board is not None:
                 self._board.close()
+            if self._wandb is not None:
+                self._wandb.finish()

@@ -20,6 +20,10 @@ UNBOUNDED = torch.finfo(torch.float32).max  # infinity does not survive code gen
 KERNEL_CHUNK = 128  # tokens a chunk in mamba-ssm's kernels
 
 
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+
+
 class GatedRMSNorm(nn.Module):
     """RMS norm over groups of channels, joined with a gate SiLU(z): y, z [..., C] -> [..., C]."""
 
@@ -69,13 +73,13 @@ class Mamba2(nn.Module):
         if d_inner % headdim:
             raise ValueError(
                 f"mamba2: headdim {headdim} does not divide expand * d_model = {d_inner}: "
-                "choose a divisor"
+                f"choose one of {_divisors(d_inner)}"
             )
         heads = d_inner // headdim
         if heads % ngroups:
             raise ValueError(
                 f"mamba2: ngroups {ngroups} does not divide the {heads} heads that expand * "
-                f"d_model / headdim = {d_inner} / {headdim} gives: choose a divisor"
+                f"d_model / headdim = {d_inner} / {headdim} gives: choose one of {_divisors(heads)}"
             )
         self.d_inner = d_inner
         self.d_state = d_state
