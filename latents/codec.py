@@ -60,7 +60,8 @@ class Codec:
             return self
         for half in (self.vae.encoder, self.vae.decoder):
             half.compile(dynamic=False)
-        return replace(self, images=min(batch, _images_a_pass(image_size, image_size)))
+        passes = math.ceil(batch / _images_a_pass(image_size, image_size))
+        return replace(self, images=math.ceil(batch / passes))
 
     def _parts(
         self, x: torch.Tensor, pixels: tuple[int, int]
