@@ -220,6 +220,8 @@ def settle_sampler(args: argparse.Namespace, plan: GraftPlan) -> None:
         raise ValueError(f"{plan.model_name} is told what to draw by --prompts: name a file")
     if plan.captioned and args.cfg_channels != "all":
         raise ValueError(f"--cfg-channels {args.cfg_channels}: {plan.model_name} is guided on all")
+    if plan.captioned and args.labels != "random":
+        raise ValueError(f"--labels {args.labels}: {plan.model_name} is told prompts; drop it")
     if not plan.captioned and args.prompts is not None:
         raise ValueError(f"--prompts {args.prompts}: {plan.model_name} is told classes; drop it")
 

@@ -658,6 +658,7 @@ def test_base_of_another_resolution_is_refused(files, tmp_path):
         (["--prompts", "prompts.doc"], "name a .txt file of one prompt a line"),
         (["--prompts", "gone.txt"], "--prompts gone.txt: no such file"),
         (["--prompts", "PROMPTS", "--cfg-channels", "3"], "--cfg-channels 3: PixArt-Mini"),
+        (["--prompts", "PROMPTS", "--labels", "PROMPTS"], ": PixArt-Mini is told prompts; drop it"),
         (
             ["--prompts", "PROMPTS", "--text-encoder", "WIDE"],
             "are 40 wide; PixArt-Mini of",
