@@ -108,9 +108,8 @@ class Codec:
             part = part.to(self.device, torch.float32) / self.scale
             with self._autocast():
                 images = self.vae.decode(part.contiguous(memory_format=torch.channels_last)).sample
-            images = (images[:number].float() * 127.5 + 128.0).clamp(
-                0, 255
-            )  # -1..1; uint8 cuts, so rounds
+            # -1..1; uint8 cuts, so rounds
+            images = (images[:number].float() * 127.5 + 128.0).clamp(0, 255)
             parts.append(images.to(torch.uint8).permute(0, 2, 3, 1))
         return torch.cat(parts).contiguous()
 
