@@ -52,7 +52,7 @@ class Codec:
     images: int | None = None
 
     def compiled(self, batch: int, image_size: int) -> "Codec":
-        """The codec compiled, on CUDA, for batches of `batch` images; elsewhere as it is.
+        """The codec compiled, on CUDA, for batches of up to `batch` images; elsewhere as it is.
 
         image_size: pixels.
         """

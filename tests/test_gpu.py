@@ -156,9 +156,23 @@ ENTRIES = pytest.mark.parametrize(
 )
 
 
-def losses_of(mini, entry, config, *flags):
-    """The losses of a run's 12 steps."""
-    prefix = "".join([entry[0][:-3], "-", config, *flags])
+def prefix_of(entry, config, flags):
+    return "".join([entry[0][:-3], "-", config, *flags])
+
+
+def last_of(mini, prefix):
+    """The last checkpoint of a run of `losses_of`."""
+    return mini / f"{prefix}-DiT-Mini-2" / "checkpoints" / "0000012.pt"
+
+
+def losses_of(mini, entry, config, *flags, stopped_at=None):
+    """The losses of a run's 12 steps; `stopped_at`: it goes on from there, having been whole."""
+    prefix = prefix_of(entry, config, flags)
+    if stopped_at is not None:
+        last_of(mini, prefix).unlink()
+        left = [file.name for file in last_of(mini, prefix).parent.glob("*.pt")]
+        assert left == [f"{stopped_at:07d}.pt"]
+        flags += ("--resume", "auto")
     run(
         *entry, "--config", f"configs/mini/{config}.yaml", *flags, "--results-dir", mini,
         "--data-path", mini / "latents", "--prefix", prefix, "--max-steps", 12,
@@ -182,6 +196,22 @@ def test_blocks_that_run_again_in_backward_train_alike(mini, entry, config, mode
     kept = losses_of(mini, entry, config, mode, "--global-seed=1")
     again = losses_of(mini, entry, config, mode, "--global-seed=1", "--grad-checkpoint")
     np.testing.assert_allclose(again, kept, rtol=0.02)
+
+
+@ENTRIES
+def test_a_compiled_run_goes_on_where_it_stopped(mini, entry, config):
+    """After six steps: the moments of the optimiser tell a start without those of before."""
+    flags = ("--compile", "--global-seed=2", "--ckpt-every=6")
+    losses, moments = [], []
+    for stopped_at in (None, 6):
+        losses.append(losses_of(mini, entry, config, *flags, stopped_at=stopped_at))
+        last = last_of(mini, prefix_of(entry, config, flags))
+        states = torch.load(last, weights_only=True, map_location="cpu")["opt"]["state"].values()
+        assert {state["step"].item() for state in states} == {12}
+        moments.append(torch.cat([state["exp_avg"].flatten() for state in states]))
+    assert losses[1][:6] == losses[0][:6]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.01)
+    assert distance(moments[1], moments[0]) < 0.1
 
 
 # Hyena-Y in blocks where the inherited maps make large activations
