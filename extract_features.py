@@ -10,10 +10,10 @@ Outputs: <features-path>/manifest.json, shards/ and log.txt: the latent store th
         --data-path /data/imagenet/train --features-path data/imagenet_encoded
 
 Moments are stored, not samples: training draws a new latent from the posterior, and one of the two
-mirrors, in every epoch. The bytes do not depend on the number of processes (of one kind of device).
-A run that was cut short goes on where it stopped: repeat the command. With --verify a finished
-store is checked instead. The same command runs without torchrun, on CPU or GPU; several nodes need
-a shared --features-path.
+mirrors, in every epoch. The bytes do not depend on the number of processes (on one kind of device,
+all with --compile or none). A run that was cut short goes on where it stopped: repeat the command.
+With --verify a finished store is checked instead. The same command runs without torchrun, on CPU or
+GPU; several nodes need a shared --features-path.
 """
 
 import argparse
@@ -63,6 +63,10 @@ def main(args: argparse.Namespace) -> None:
             f"--image-size {args.image_size} is not divisible by {codec.downsample}, the "
             f"downsampling of --vae {args.vae}"
         )
+    mirrors = 1 if args.no_mirror else 2
+    if args.compile:
+        largest = min(args.global_batch_size, args.shard_size, len(pictures))
+        codec = codec.compiled(largest * mirrors, args.image_size)
 
     encoder = table = None
     if args.captions is not None:
@@ -72,7 +76,7 @@ def main(args: argparse.Namespace) -> None:
         )
 
     # Store: what is there already is checked, what is missing is shared out
-    writer = StoreWriter(args.features_path, describe(args, pictures, codec, dtype))
+    writer = StoreWriter(args.features_path, describe(args, pictures, codec, dtype, mirrors))
     missing = begin(writer, world)
     log = RunLog(args.features_path, world, vars(args), tensorboard=False)
     more = {}
@@ -115,7 +119,6 @@ def main(args: argparse.Namespace) -> None:
             )
         skipped += errors
         if len(images):
-            mirrors = 1 if args.no_mirror else 2
             arrays.append(encode_rows(codec, images, positions, mirrors, sample_seed))
             labels.append(batch_labels)
         if rows[-1] == writer.rows(shard)[-1]:
@@ -161,7 +164,11 @@ def verify(path: str, world: distributed.World) -> None:
 
 
 def describe(
-    args: argparse.Namespace, pictures: LabelledImages, codec: Codec, dtype: torch.dtype
+    args: argparse.Namespace,
+    pictures: LabelledImages,
+    codec: Codec,
+    dtype: torch.dtype,
+    mirrors: int,
 ) -> dict:
     """What the manifest says of the whole store, and what a restart must agree with."""
     side = args.image_size // codec.downsample
@@ -171,7 +178,7 @@ def describe(
         "shard_size": args.shard_size,
         "shape": [codec.channels, side, side],
         "dtype": "float16",
-        "mirrors": 1 if args.no_mirror else 2,
+        "mirrors": mirrors,
         "vae": codec.id,
         "vae_sha256": codec.sha256,
         "scale": codec.scale,
@@ -259,6 +266,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=4,
         help="decoding processes a rank; 0: the rank itself",
     )
+    arguments.add_compile(add)
     add("--log-every", type=arguments.positive, default=100, help="batches between log lines")
     add = parser.add_argument_group(
         "accepted so that old commands run, and without effect on an extraction"

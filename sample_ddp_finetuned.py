@@ -76,7 +76,8 @@ def main(args: argparse.Namespace) -> None:
     if checkpoint is not None:
         load_trained(model, plan, checkpoint)
     files = report.resolved if checkpoint is None else {"trained": Path(checkpoint)}
-    untrained = report.counts().get("fresh", 0) if checkpoint is None else 0
+    tensors = report.counts() if checkpoint is None else {"trained": len(model.state_dict())}
+    untrained = tensors.get("fresh", 0)
     if untrained and not args.allow_untrained:
         raise ValueError(
             f"{plan.path}: {untrained} tensors have no weights, the images would be noise; give "
@@ -104,7 +105,7 @@ def main(args: argparse.Namespace) -> None:
         "plan": plan.architecture(),
         "config": args.config_filepath,
         "checkpoint": checkpoint or report.files,
-        "tensors": report.counts() if checkpoint is None else {"trained": len(model.state_dict())},
+        "tensors": tensors,
         "checkpoint_sha256": {n: file_sha256(f) for n, f in files.items() if world.main},
         "sampler": args.sampler,
         "steps": args.num_sampling_steps,
@@ -115,8 +116,7 @@ def main(args: argparse.Namespace) -> None:
         "seed": args.global_seed,
         "vae": codec.id,
         "vae_sha256": codec.sha256,
-        "precision": str(dtype).removeprefix("torch."),
-        "fp8": args.fp8,
+        "precision": str(dtype).removeprefix("torch.") + (" and fp8" if args.fp8 else ""),
         "num_samples": number,
     }
     if prompts is not None:
@@ -220,6 +220,8 @@ def settle_sampler(args: argparse.Namespace, plan: GraftPlan) -> None:
         raise ValueError(f"{plan.model_name} is told what to draw by --prompts: name a file")
     if plan.captioned and args.cfg_channels != "all":
         raise ValueError(f"--cfg-channels {args.cfg_channels}: {plan.model_name} is guided on all")
+    if plan.captioned and args.labels != "random":
+        raise ValueError(f"--labels {args.labels}: {plan.model_name} is told prompts; drop it")
     if not plan.captioned and args.prompts is not None:
         raise ValueError(f"--prompts {args.prompts}: {plan.model_name} is told classes; drop it")
 

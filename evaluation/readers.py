@@ -203,9 +203,8 @@ def _open_array(path: Path, key: str) -> np.ndarray:
             with np.load(path) as archive:
                 return archive[key]
         with open(path, "rb") as file:
-            file.seek(
-                info.header_offset + 26
-            )  # lengths of name and extra field, in the local header
+            # lengths of name and extra field, in the local header
+            file.seek(info.header_offset + 26)
             name, extra = struct.unpack("<HH", file.read(4))
         offset = info.header_offset + 30 + name + extra + header
         return np.memmap(path, dtype, "r", offset, shape)

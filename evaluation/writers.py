@@ -71,7 +71,7 @@ def describe_run(folder: Path, settings: dict, complete: bool) -> None:
                     f"has {value!r}; choose another --folder-name or --sample-dir"
                 )
         count = settings["num_samples"]
-        there = {int(file.stem) for file in folder.glob("*.png") if file.stem.isdecimal()}
+        there = [int(file.stem) for file in folder.rglob("*.png") if file.stem.isdecimal()]
         if there and max(there) >= count:
             raise ValueError(
                 f"{folder} holds images up to {max(there):06d}.png, this run makes {count}: ask "

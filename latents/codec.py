@@ -52,7 +52,7 @@ class Codec:
     images: int | None = None
 
     def compiled(self, batch: int, image_size: int) -> "Codec":
-        """The codec compiled, on CUDA, for batches of `batch` images; elsewhere as it is.
+        """The codec compiled, on CUDA, for batches of up to `batch` images; elsewhere as it is.
 
         image_size: pixels.
         """
@@ -60,7 +60,8 @@ class Codec:
             return self
         for half in (self.vae.encoder, self.vae.decoder):
             half.compile(dynamic=False)
-        return replace(self, images=min(batch, _images_a_pass(image_size, image_size)))
+        passes = math.ceil(batch / _images_a_pass(image_size, image_size))
+        return replace(self, images=math.ceil(batch / passes))
 
     def _parts(
         self, x: torch.Tensor, pixels: tuple[int, int]
@@ -107,9 +108,8 @@ class Codec:
             part = part.to(self.device, torch.float32) / self.scale
             with self._autocast():
                 images = self.vae.decode(part.contiguous(memory_format=torch.channels_last)).sample
-            images = (images[:number].float() * 127.5 + 128.0).clamp(
-                0, 255
-            )  # -1..1; uint8 cuts, so rounds
+            # -1..1; uint8 cuts, so rounds
+            images = (images[:number].float() * 127.5 + 128.0).clamp(0, 255)
             parts.append(images.to(torch.uint8).permute(0, 2, 3, 1))
         return torch.cat(parts).contiguous()
 

@@ -97,26 +97,25 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict | N
 
 def our_name(name: str) -> str:
     """The name here of a tensor of diffusers' PixArtTransformer2DModel; others stay."""
-    found = re.match(r"transformer_blocks\.(\d+)\.(.*)", name)
-    if found is None:
-        return name
-    block, rest = found.groups()
-    for theirs, ours in DIFFUSERS_PARTS.items():
-        if rest.startswith(theirs):
-            rest = ours + rest.removeprefix(theirs)
-    return f"blocks.{block}.{rest}"
+    return _renamed(name, "transformer_blocks.", "blocks.", DIFFUSERS_PARTS)
 
 
 def diffusers_name(name: str) -> str:
     """The reverse of `our_name`."""
-    found = re.match(r"blocks\.(\d+)\.(.*)", name)
+    parts = {ours: theirs for theirs, ours in DIFFUSERS_PARTS.items()}
+    return _renamed(name, "blocks.", "transformer_blocks.", parts)
+
+
+def _renamed(name: str, before: str, after: str, parts: Mapping[str, str]) -> str:
+    found = re.match(rf"{re.escape(before)}(\d+)\.(.*)", name)
     if found is None:
         return name
     block, rest = found.groups()
-    for theirs, ours in DIFFUSERS_PARTS.items():
-        if rest.startswith(ours):
-            rest = theirs + rest.removeprefix(ours)
-    return f"transformer_blocks.{block}.{rest}"
+    for start, other in parts.items():
+        if rest.startswith(start):
+            rest = other + rest.removeprefix(start)
+            break
+    return f"{after}{block}.{rest}"
 
 
 def _with_updates(

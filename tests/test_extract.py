@@ -4,6 +4,7 @@ import json
 import runpy
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 import extract_features
 from diffusion import noise
-from latents.codec import load_codec
+from latents.codec import Codec, load_codec
 from latents.images import LabelledImages
 from latents.store import open_latents
 from scripts import export_weights, unpack_mini
@@ -108,6 +109,23 @@ def test_any_number_of_processes_writes_the_same_bytes(pictures, tmp_path, vae, 
     assert len(files) == 6
     for name in [*files, "manifest.json"]:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_compiled_codec_is_made_for_the_largest_batch(pictures, tmp_path, vae, monkeypatch):
+    """Three images and their mirrors; the batches of two that end the shards are filled up."""
+    made = []
+
+    def compiled(codec, batch, image_size):
+        made.append((batch, image_size))
+        return replace(codec, images=batch)
+
+    monkeypatch.setattr(Codec, "compiled", compiled)
+    for name, flags in {"plain": ["--no-compile"], "compiled": []}.items():
+        extract(pictures, tmp_path / name, vae, *flags)
+    assert made == [(6, 16)]
+    stores = [open_latents(tmp_path / name) for name in ("plain", "compiled")]
+    plain, filled = (store.read(torch.arange(12)) for store in stores)
+    torch.testing.assert_close(filled, plain, rtol=0, atol=2e-3)  # rounding of float16
 
 
 def test_an_interrupted_extraction_is_no_store_and_goes_on(pictures, tmp_path, vae, monkeypatch):

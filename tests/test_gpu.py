@@ -18,6 +18,7 @@ import torch
 import yaml
 from test_prune import FORMS, select_form
 
+from latents.store import open_latents
 from models.dit import DiT, build_dit
 from models.grafting import build_grafted, load_plan
 from models.inference import quicken
@@ -130,17 +131,32 @@ def test_xl_selects_finetunes_and_samples(large):
     assert np.load(folder / "samples.npz")["arr_0"].shape == (2, 256, 256, 3)
 
 
-@pytest.fixture(scope="module")
-def mini(tmp_path_factory):
+def extract_mini(folder, out, *flags):
     """Latents of the testbed's heldout pictures."""
-    folder = tmp_path_factory.mktemp("mini")
-    run("scripts/unpack_mini.py", "--out", folder)
     run(
         "extract_features.py", "--vae", "assets/mini/vae", "--image-size", 64,
         "--num-classes", 9, "--no-mirror", "--data-path", folder / "heldout",
-        "--features-path", folder / "latents",
+        "--features-path", folder / out, *flags,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory):
+    """The testbed's pictures, and latents of the heldout ones."""
+    folder = tmp_path_factory.mktemp("mini")
+    run("scripts/unpack_mini.py", "--out", folder)
+    extract_mini(folder, "latents")
     return folder
+
+
+def test_compiled_extraction_gives_the_same_moments(mini):
+    """Of 188 images in batches of 48, the last of which is filled up."""
+    moments = {}
+    for mode in ("--compile", "--no-compile"):
+        extract_mini(mini, f"latents{mode}", mode, "--global-batch-size", 48)
+        store = open_latents(mini / f"latents{mode}")
+        moments[mode] = store.read(torch.arange(len(store))).float()
+    assert distance(moments["--compile"], moments["--no-compile"]) < 2e-2
 
 
 SELECT = ("prune_by_learning.py", "--delta-w", "--lora", "--tau-range", 4, 4)
@@ -157,9 +173,23 @@ ENTRIES = pytest.mark.parametrize(
 )
 
 
-def losses_of(mini, entry, config, *flags):
-    """The losses of a run's 12 steps."""
-    prefix = "".join([entry[0][:-3], "-", config, *flags])
+def prefix_of(entry, config, flags):
+    return "".join([entry[0][:-3], "-", config, *flags])
+
+
+def last_of(mini, prefix):
+    """The last checkpoint of a run of `losses_of`."""
+    return mini / f"{prefix}-DiT-Mini-2" / "checkpoints" / "0000012.pt"
+
+
+def losses_of(mini, entry, config, *flags, stopped_at=None):
+    """The losses of a run's 12 steps; `stopped_at`: it goes on from there, having been whole."""
+    prefix = prefix_of(entry, config, flags)
+    if stopped_at is not None:
+        last_of(mini, prefix).unlink()
+        left = [file.name for file in last_of(mini, prefix).parent.glob("*.pt")]
+        assert left == [f"{stopped_at:07d}.pt"]
+        flags += ("--resume", "auto")
     run(
         *entry, "--config", f"configs/mini/{config}.yaml", *flags, "--results-dir", mini,
         "--data-path", mini / "latents", "--prefix", prefix, "--max-steps", 12,
@@ -183,6 +213,22 @@ def test_blocks_that_run_again_in_backward_train_alike(mini, entry, config, mode
     kept = losses_of(mini, entry, config, mode, "--global-seed=1")
     again = losses_of(mini, entry, config, mode, "--global-seed=1", "--grad-checkpoint")
     np.testing.assert_allclose(again, kept, rtol=0.02)
+
+
+@ENTRIES
+def test_a_compiled_run_goes_on_where_it_stopped(mini, entry, config):
+    """After six steps: the moments of the optimiser tell a start without those of before."""
+    flags = ("--compile", "--global-seed=2", "--ckpt-every=6")
+    losses, moments = [], []
+    for stopped_at in (None, 6):
+        losses.append(losses_of(mini, entry, config, *flags, stopped_at=stopped_at))
+        last = last_of(mini, prefix_of(entry, config, flags))
+        states = torch.load(last, weights_only=True, map_location="cpu")["opt"]["state"].values()
+        assert {state["step"].item() for state in states} == {12}
+        moments.append(torch.cat([state["exp_avg"].flatten() for state in states]))
+    assert losses[1][:6] == losses[0][:6]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.01)
+    assert distance(moments[1], moments[0]) < 0.1
 
 
 # Hyena-Y in blocks where the inherited maps make large activations

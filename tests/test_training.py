@@ -175,6 +175,28 @@ def test_schedules():
         schedule(optimizer, "linear", total_steps=1)
 
 
+@pytest.mark.parametrize("max_norm", [0.5, None], ids=["clipped", "free"])
+def test_steps_clip_as_pytorch_does(max_norm):
+    """Gradients below, at and far above the norm; weights, norms and the moments of AdamW."""
+    sides = []
+    for own in (True, False):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(4, 4)
+        optimizer = adamw([{"params": list(layer.parameters()), "lr": 0.1}], weight_decay=0.1)
+        guard, norms = StepGuard(optimizer, max_norm), []
+        for factor in (1e-3, 1.0, 1e3, 1e-3, 1.0):
+            optimizer.zero_grad()
+            (layer(torch.ones(2, 4)).square().sum() * factor).backward()
+            if own:
+                norms.append(guard.step())
+            else:
+                norms.append(torch.nn.utils.clip_grad_norm_(layer.parameters(), guard.max_norm))
+                optimizer.step()
+        sides.append([*norms, *layer.parameters(), *optimizer.state[layer.weight].values()])
+    assert min(sides[1][:5]) < 0.5 < max(sides[1][:5])
+    torch.testing.assert_close(*sides, rtol=1e-4, atol=1e-6)
+
+
 def test_step_with_nan_is_skipped_and_counted():
     torch.manual_seed(0)
     layer = torch.nn.Linear(4, 4)

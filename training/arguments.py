@@ -213,18 +213,23 @@ def milestones(args: argparse.Namespace, default: tuple[int, ...] = ()) -> list[
     return epochs
 
 
-def add_machine(parser: argparse.ArgumentParser) -> Callable:
-    """The flags of where and how it runs; returns the group's add_argument."""
-    add = parser.add_argument_group("machine").add_argument
-    add("--precision", choices=("bf16", "fp32"), help="autocast (unset: bf16 on CUDA, else fp32)")
-    add("--device", help="cuda, cuda:1 or cpu (unset: CUDA where there is any)")
-    add("--num-workers", type=positive, default=4, help="reader or writer threads a process")
+def add_compile(add: Callable) -> None:
+    """The flag of `training.compilation`, and of `Codec.compiled`."""
     add(
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="torch.compile; CUDA only",
     )
+
+
+def add_machine(parser: argparse.ArgumentParser) -> Callable:
+    """The flags of where and how it runs; returns the group's add_argument."""
+    add = parser.add_argument_group("machine").add_argument
+    add("--precision", choices=("bf16", "fp32"), help="autocast (unset: bf16 on CUDA, else fp32)")
+    add("--device", help="cuda, cuda:1 or cpu (unset: CUDA where there is any)")
+    add("--num-workers", type=positive, default=4, help="reader or writer threads a process")
+    add_compile(add)
     add(
         "--kernels",
         choices=("auto", "torch"),
