@@ -95,8 +95,6 @@ def main(args: argparse.Namespace) -> None:
         )
     (step_normal,) = compile_functions(world, args.compile, noise.normal)
     compile_models(world, args.compile, model)
-    if args.compile:
-        codec = codec.compiled(args.per_proc_batch_size, plan.image_size)
 
     # Folder: made once, described, never mixed with images of other settings
     name = args.folder_name or default_name(args, plan.model_name, checkpoint)

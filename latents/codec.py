@@ -37,7 +37,7 @@ class Codec:
         channels: C of the latents.
         id: the VAE as it was asked for: "ema", "mse", "sdxl" or a folder, as the user wrote it.
         sha256: of the weight file.
-        images: how many images the network always takes at once, a short batch being filled up;
+        images: how many images the encoder always takes at once, a short batch being filled up;
             None where it takes any number.
     """
 
@@ -52,22 +52,20 @@ class Codec:
     images: int | None = None
 
     def compiled(self, batch: int, image_size: int) -> "Codec":
-        """The codec compiled, on CUDA, for batches of up to `batch` images; elsewhere as it is.
+        """The codec with its encoder compiled, on CUDA, for batches of up to `batch` images;
+        elsewhere as it is. Decoding is left alone: it is a fiftieth of sampling.
 
         image_size: pixels.
         """
         if self.device.type != "cuda":
             return self
-        for half in (self.vae.encoder, self.vae.decoder):
-            half.compile(dynamic=False)
+        self.vae.encoder.compile(dynamic=False)
         passes = math.ceil(batch / _images_a_pass(image_size, image_size))
         return replace(self, images=math.ceil(batch / passes))
 
-    def _parts(
-        self, x: torch.Tensor, pixels: tuple[int, int]
-    ) -> Iterator[tuple[torch.Tensor, int]]:
-        """What passes the network at once, and how many of it count."""
-        for part in x.split(self.images or _images_a_pass(*pixels)):
+    def _filled(self, images: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
+        """What passes the encoder at once, and how many of it count."""
+        for part in images.split(self.images or _images_a_pass(*images.shape[2:])):
             number = len(part)
             if self.images is not None and number < self.images:
                 part = part[torch.arange(self.images, device=part.device) % number]
@@ -91,7 +89,7 @@ class Codec:
                 f"{self.downsample}; choose another image size"
             )
         parts = []
-        for part, number in self._parts(images, (H, W)):
+        for part, number in self._filled(images):
             part = part.to(self.device, torch.float32, memory_format=torch.channels_last)
             with self._autocast():
                 moments = self.vae.encode(part).latent_dist.parameters  # [b, 2C, h, w]
@@ -104,12 +102,12 @@ class Codec:
         """Scaled latents [B, C, h, w] to uint8 images [B, H, W, 3] on the codec's device."""
         _, _, h, w = latents.shape
         parts = []
-        for part, number in self._parts(latents, (h * self.downsample, w * self.downsample)):
+        for part in latents.split(_images_a_pass(h * self.downsample, w * self.downsample)):
             part = part.to(self.device, torch.float32) / self.scale
             with self._autocast():
                 images = self.vae.decode(part.contiguous(memory_format=torch.channels_last)).sample
             # -1..1; uint8 cuts, so rounds
-            images = (images[:number].float() * 127.5 + 128.0).clamp(0, 255)
+            images = (images.float() * 127.5 + 128.0).clamp(0, 255)
             parts.append(images.to(torch.uint8).permute(0, 2, 3, 1))
         return torch.cat(parts).contiguous()
 

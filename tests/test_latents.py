@@ -554,17 +554,15 @@ def test_a_compiled_codec_sees_batches_of_one_size(vae_folder, monkeypatch):
     """They are cut evenly and filled up, and what fills them does not come out."""
     codec = load_codec(str(vae_folder))
     assert codec.compiled(6, 8) is codec  # on the CPU
-    images, latents = torch.rand(5, 3, 8, 8) * 2 - 1, torch.randn(5, codec.channels, 4, 4)
-    moments, pictures = codec.encode(images), codec.decode(latents)
+    images = torch.rand(5, 3, 8, 8) * 2 - 1
+    moments = codec.encode(images)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
     monkeypatch.setattr(codec_module, "PASS_PIXELS", 4 * 64)
     made = replace(codec, device=torch.device("cuda")).compiled(6, 8)
     made, seen = replace(made, device=codec.device), []
-    for half in (made.vae.encoder, made.vae.decoder):
-        half.register_forward_pre_hook(lambda half, inputs: seen.append(len(inputs[0])))
+    made.vae.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     torch.testing.assert_close(made.encode(images), moments, rtol=0, atol=1e-5)
-    assert (made.decode(latents).int() - pictures.int()).abs().max() <= 1
-    assert seen == [3, 3, 3, 3]
+    assert seen == [3, 3]
 
 
 def test_codec_reads_fp16_weights_as_fp32(vae_folder, tmp_path):
