@@ -15,9 +15,8 @@ import argparse
 import json
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +29,7 @@ from models.inference import quicken
 from models.operators.accelerators import accelerate
 from models.plan import load_plan
 from models.presets import blank_condition
+from scripts.benchmark import timed
 from training import arguments, distributed, precision
 from training.compilation import compile_models, graphed
 
@@ -112,28 +112,11 @@ def latency(plan: GraftPlan, batch: int, args: argparse.Namespace) -> float:
     x = torch.randn(batch, model.in_channels, side, side, device=device, generator=generator)
     t = torch.full((batch,), 500, device=device)
     y = blank_condition(plan, batch, device)
-    timed = on_cuda if device.type == "cuda" else on_cpu
+    once = partial(forward, x=x, t=t, y=y)
     warm, counted = FORWARDS[device.type]
     with torch.inference_mode(), precision.autocast(device, dtype):
-        times = [timed(lambda: forward(x=x, t=t, y=y)) for _ in range(warm + counted)]
+        times = [timed(once, device) for _ in range(warm + counted)]
     return statistics.median(times[warm:])
-
-
-def on_cuda(work: Callable[[], object]) -> float:
-    """Milliseconds of the device's work, by CUDA events."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    work()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
-def on_cpu(work: Callable[[], object]) -> float:
-    """Milliseconds by the clock."""
-    start = time.perf_counter()
-    work()
-    return 1000 * (time.perf_counter() - start)
 
 
 def profile_text(rows: list[dict]) -> str:
