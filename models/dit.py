@@ -15,7 +15,7 @@ from torch import nn
 from models.operators.modulation import Modulated, add_norm_modulate, modulate, norm
 from models.recompute import run_block
 from models.restructure import PairRunner
-from models.selection import run_slot
+from models.selection import check_keep, run_slot
 
 TIMESTEP_FEATURES = 256
 MAX_PERIOD = 10_000
@@ -374,9 +374,4 @@ class DiT(nn.Module):
         for name, value in (("t", t), ("y", y), ("drop", drop)):
             if value is not None and tuple(value.shape) != (B,):
                 raise ValueError(f"{name} has shape {list(value.shape)}; for this x it is [{B}]")
-        depth = len(self.blocks)
-        if keep is not None and tuple(keep.shape[:2]) not in ((depth,), (B, depth), (1, depth)):
-            raise ValueError(
-                f"keep has shape {list(keep.shape)}; legal is [{depth}] or [{B}, {depth}], and "
-                f"[{B}, {depth}, 1 + variants] where several grafts compete"
-            )
+        check_keep(keep, B, len(self.blocks))

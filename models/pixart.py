@@ -20,7 +20,7 @@ from torch import nn
 from models.captions import Captions
 from models.dit import DiT, modulate
 from models.recompute import run_block
-from models.selection import run_slot
+from models.selection import check_keep, run_slot
 from models.weights import diffusers_name
 
 MASKED = -10_000.0  # added to the scores of tokens that are none, as in diffusers
@@ -213,12 +213,7 @@ class PixArt(nn.Module):
         for name, (value, shape) in wanted.items():
             if tuple(value.shape) != shape:
                 raise ValueError(f"{name}: shape {list(value.shape)}; legal here is {list(shape)}")
-        depth = len(self.blocks)
-        if keep is not None and tuple(keep.shape[:2]) not in ((depth,), (B, depth), (1, depth)):
-            raise ValueError(
-                f"keep has shape {list(keep.shape)}; legal is [{depth}] or [{B}, {depth}], and "
-                f"[{B}, {depth}, 1 + variants] where several grafts compete"
-            )
+        check_keep(keep, B, len(self.blocks))
 
 
 def write_diffusers(state: dict[str, torch.Tensor], config: dict, folder: Path) -> None:

@@ -46,6 +46,15 @@ def mix(original: torch.Tensor, graft: torch.Tensor, keep: torch.Tensor | None) 
     return (m * original + (1 - m) * graft).to(original.dtype)
 
 
+def check_keep(keep: torch.Tensor | None, batch: int, depth: int) -> None:
+    """ValueError for a keep of another shape than a model of `depth` blocks takes."""
+    if keep is not None and tuple(keep.shape[:2]) not in ((depth,), (batch, depth), (1, depth)):
+        raise ValueError(
+            f"keep has shape {list(keep.shape)}; legal is [{depth}] or [{batch}, {depth}], and "
+            f"[{batch}, {depth}, 1 + variants] where several grafts compete"
+        )
+
+
 class GraftChoice(nn.Module):
     """Several operators in one slot: the original, and what each of V variants puts in its place.
 
