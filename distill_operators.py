@@ -33,7 +33,7 @@ from models.operators.accelerators import accelerate
 from models.plan import find_file, plan_from_flags, write_plan
 from models.provenance import environment
 from training import arguments, checkpoint, distributed, nonfinite, precision
-from training.compilation import compile_functions, compile_models, graphed, graphed_apart
+from training.compilation import capture_stream, compile_functions, compile_models, graphed
 from training.distillation import (
     LOSSES,
     PATIENCE,
@@ -138,7 +138,7 @@ def main(args: argparse.Namespace) -> None:
         del resumed
     latents, draws_of = compile_functions(world, args.compile, store.latents, draw)
     compile_models(world, args.compile, teacher, students)
-    net = distributed.wrap(world, students)
+    net = distributed.wrap(world, students, capture_stream(world, args.compile))
     diffusion = create_diffusion("")
 
     def inputs_of(moments, index, labels, epoch, class_dropout):
@@ -154,8 +154,6 @@ def main(args: argparse.Namespace) -> None:
         with precision.autocast(world.device, dtype):
             return net(*teacher(**inputs))[0]
 
-    finish = graphed_apart(world, args.compile, steps.step)
-
     def step_on_device(**inputs):
         """A training step -> the loss of every operator, [S]."""
         steps.zero_grad()
@@ -164,7 +162,7 @@ def main(args: argparse.Namespace) -> None:
             losses = losses_of(net, teacher, **part) / args.grad_accum
             losses.sum().backward()
             total += losses.detach()
-        finish()
+        steps.step()
         return total
 
     take_step = graphed(world, args.compile, step_on_device)

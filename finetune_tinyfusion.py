@@ -35,7 +35,7 @@ from models.operators.accelerators import accelerate
 from models.plan import plan_from_flags, write_plan
 from models.recompute import recompute
 from training import arguments, checkpoint, distributed, nonfinite, precision
-from training.compilation import compile_functions, compile_models, graphed, graphed_apart
+from training.compilation import capture_stream, compile_functions, compile_models, graphed
 from training.draws import draw
 from training.ema import Ema
 from training.knowledge import WithHidden, distilled_losses, pretrained
@@ -135,7 +135,7 @@ def main(args: argparse.Namespace) -> None:
         del resumed
     latents, draws_of = compile_functions(world, args.compile, store.latents, draw)
     compile_models(world, args.compile, learner, *([] if teacher is None else [teacher]))
-    net = distributed.wrap(world, learner)
+    net = distributed.wrap(world, learner, capture_stream(world, args.compile))
     diffusion = create_diffusion("")
 
     def inputs_of(batch):
@@ -160,14 +160,6 @@ def main(args: argparse.Namespace) -> None:
                 )
         return torch.stack([terms[name].mean() for name in names])
 
-    def finish():
-        """What follows the gradients -> their norm before clipping."""
-        norm = guard.step()
-        ema.update()
-        return norm
-
-    finish = graphed_apart(world, args.compile, finish)
-
     def step_on_device(**inputs):
         """A training step -> the loss terms, and the gradient norm before clipping."""
         optimizer.zero_grad(set_to_none=True)
@@ -176,7 +168,9 @@ def main(args: argparse.Namespace) -> None:
             terms = losses(net, **part) / args.grad_accum
             terms[0].backward()
             total += terms.detach()
-        return total, finish()
+        norm = guard.step()
+        ema.update()
+        return total, norm
 
     take_step = graphed(world, args.compile, step_on_device)
 

@@ -37,7 +37,7 @@ from models.plan import plan_from_flags
 from models.recompute import recompute
 from models.selection import GatedDiT, LayerGates, settle, summary
 from training import arguments, checkpoint, distributed, nonfinite, precision
-from training.compilation import compile_functions, compile_models, graphed, graphed_apart
+from training.compilation import capture_stream, compile_functions, compile_models, graphed
 from training.draws import draw
 from training.ema import Ema
 from training.lora import add_lora
@@ -141,7 +141,7 @@ def main(args: argparse.Namespace) -> None:
         world, args.compile, store.latents, draw, noise.uniform
     )
     compile_models(world, args.compile, gated)
-    net = distributed.wrap(world, gated)
+    net = distributed.wrap(world, gated, capture_stream(world, args.compile))
     diffusion = create_diffusion("")
     options = sum(o.shape[0] for o in gates.options)
 
@@ -165,13 +165,6 @@ def main(args: argparse.Namespace) -> None:
         with precision.autocast(world.device, dtype):
             return diffusion.training_losses(net, x, t, inputs, noise=noise)["loss"].mean()
 
-    def finish():
-        """What follows the gradients."""
-        guard.step()
-        ema.update()
-
-    finish = graphed_apart(world, args.compile, finish)
-
     def step_on_device(**inputs):
         """A training step -> the loss [1]."""
         optimizer.zero_grad(set_to_none=True)
@@ -180,7 +173,8 @@ def main(args: argparse.Namespace) -> None:
             loss = loss_of(net, **part) / args.grad_accum
             loss.backward()
             total += loss.detach()
-        finish()
+        guard.step()
+        ema.update()
         return total
 
     take_step = graphed(world, args.compile, step_on_device)

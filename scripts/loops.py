@@ -27,7 +27,7 @@ from models.inference import quicken
 from models.operators.accelerators import accelerate
 from models.selection import GatedDiT, LayerGates, settle
 from training import distributed, precision
-from training.compilation import compile_functions, compile_models, graphed, graphed_apart
+from training.compilation import capture_stream, compile_functions, compile_models, graphed
 from training.distributed import World
 from training.draws import draw
 from training.ema import Ema
@@ -126,7 +126,7 @@ def training(setting: Setting, selection: bool) -> Step:
         world, setting.compile, store.latents, draw, noise.uniform
     )
     compile_models(world, setting.compile, net)
-    wrapped = distributed.wrap(world, net)
+    wrapped = distributed.wrap(world, net, capture_stream(world, setting.compile))
     diffusion = create_diffusion("")
     moments = torch.randn(B, 2, 8, *store.shape[1:], device=device).half()
     index = torch.arange(B, device=device)
@@ -135,19 +135,14 @@ def training(setting: Setting, selection: bool) -> Step:
     means = Means(world, ["loss"])
     steps = 0
 
-    def finish():
-        guard.step()
-        ema.update()
-
-    finish = graphed_apart(world, setting.compile, finish)
-
     def on_device(x, t, noise, **inputs):
         optimizer.zero_grad(set_to_none=True)
         with precision.autocast(device, setting.dtype):
             terms = diffusion.training_losses(wrapped, x, t, inputs, noise=noise)
         loss = terms["loss"].mean()
         loss.backward()
-        finish()
+        guard.step()
+        ema.update()
         return loss.detach()[None]
 
     take_step = graphed(world, setting.compile, on_device)

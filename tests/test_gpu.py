@@ -231,6 +231,26 @@ def test_a_compiled_run_goes_on_where_it_stopped(mini, entry, config):
     assert distance(moments[1], moments[0]) < 0.1
 
 
+def test_fifty_compiled_steps_follow_eager_ones_as_bf16_follows_fp32(mini):
+    losses = {}
+    for name, flags in {
+        "compiled": ["--compile"],
+        "eager": ["--no-compile"],
+        "fp32": ["--no-compile", "--precision", "fp32"],
+    }.items():
+        run(
+            "finetune_tinyfusion.py", "--config", "configs/mini/75p_swa.yaml", *flags,
+            "--results-dir", mini, "--data-path", mini / "latents", "--prefix", f"fifty-{name}",
+            "--max-steps", 50, "--global-batch-size", 64, "--log-every", 1, "--lr", 3e-4,
+        )  # fmt: skip
+        lines = (mini / f"fifty-{name}-DiT-Mini-2" / "metrics.jsonl").read_text().splitlines()
+        losses[name] = np.array([json.loads(line)["loss"] for line in lines])
+    apart, noise = (np.abs(losses[n] / losses["eager"] - 1) for n in ("compiled", "fp32"))
+    print(f"compiled and eager {apart.max():.1e}, bf16 and fp32 {noise.max():.1e} at most")
+    assert len(apart) == 50 and losses["eager"][-10:].mean() < 0.9 * losses["eager"][:10].mean()
+    assert apart.max() < 2 * noise.max()
+
+
 # Hyena-Y in blocks where the inherited maps make large activations
 HARD = [1, 3, 5, 7, 10, 11, 14, 15, 17, 19, 22, 23, 25, 26]
 
@@ -283,6 +303,39 @@ def test_samples_of_gpu_and_cpu_are_the_same_pictures(mini):
     run("evaluate_fid.py", mini / "heldout", mini / "gpu", "--feature-net", "mini")
     score = json.loads((mini / "gpu" / "metrics.json").read_text())["metrics"]["fd_mini"]
     assert np.isfinite(score)
+
+
+def test_lower_precisions_draw_like_fp32(mini):
+    """512 pictures of the testbed's pretrained model from the same noise, and their scores."""
+    content = yaml.safe_load((REPOSITORY / "configs/mini/no_graft.yaml").read_text())
+    content["sample_config"]["base_ckpt_path"] = "assets/mini/dit_mini.safetensors"
+    (mini / "base.yaml").write_text(yaml.safe_dump(content))
+    pictures, scores = {}, {}
+    for name, flags in {
+        "fp32": ["--precision", "fp32", "--no-tf32"],
+        "bf16": ["--precision", "bf16"],
+        "fp8": ["--precision", "bf16", "--fp8"],
+    }.items():
+        run(
+            "sample_ddp_finetuned.py", "--config", mini / "base.yaml", *flags,
+            "--num-fid-samples", 512, "--labels", "balanced", "--sampler", "dpm++",
+            "--num-sampling-steps", 20, "--per-proc-batch-size", 256, "--sample-dir", mini,
+            "--folder-name", name,
+        )  # fmt: skip
+        pictures[name] = np.load(mini / f"{name}.npz")["arr_0"].astype(float)
+        run("evaluate_fid.py", mini / "train", mini / name, "--feature-net", "mini")
+        score = json.loads((mini / name / "metrics.json").read_text())["metrics"]
+        scores[name] = score["fd_mini"]
+    psnr = {}
+    for name in ("bf16", "fp8"):
+        squares = np.square(pictures[name] - pictures["fp32"]).mean((1, 2, 3))
+        psnr[name] = 10 * np.log10(255**2 / squares.clip(1e-9))
+        low, median = np.quantile(psnr[name], (0.05, 0.5))
+        print(f"{name}: PSNR {median:.1f} dB, {low:.1f} at the 5th of 100")
+    print("fd_mini:", scores)
+    assert np.median(psnr["bf16"]) > 30 and np.median(psnr["fp8"]) > 18
+    assert scores["bf16"] == pytest.approx(scores["fp32"], rel=0.1)
+    assert scores["fp8"] == pytest.approx(scores["fp32"], rel=0.3)
 
 
 @two_gpus

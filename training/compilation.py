@@ -2,17 +2,22 @@
 
 A model is compiled block by block: blocks of a kind share their code, so that 28 of them compile in
 the time of one, and each block's gradients are there, and on their way to the other processes,
-while those of the blocks before it are still computed. On one process the launches that this leaves
-are taken off the host by running the whole step, from the model's input to the averages, as one
-CUDA graph; so does sampling on any number, and on several what follows the gradients.
+while those of the blocks before it are still computed. The launches that this leaves are taken off
+the host by running the whole step, from the model's input to the averages, as one CUDA graph, with
+the exchange of gradients in it.
 """
 
+import os
+import sys
+import threading
+import time
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from training.distributed import World
+from training.distributed import LOST_MINUTES, World
 
 # Left to itself Inductor lays a graph with many convolutions out channels-last, and then hands
 # FlashAttention's backward a gradient in other strides than it reads: bf16 gradients come out wrong
@@ -26,7 +31,10 @@ FUNCTION_OPTIONS = {"constant_and_index_propagation": False}
 # Kinds of blocks, times batch sizes, times training or not, for which one block may be compiled.
 KINDS = 64
 
-WARM = 3  # calls before a graph is captured
+# Calls before a graph is captured. Of several processes, DistributedDataParallel arranges its buckets
+# anew after the first, and times its first ten, for which it waits on the device.
+WARM, WARM_TOGETHER = 3, 12
+WATCH_SECONDS = 10.0
 
 
 def _wanted(world: World, flag: bool) -> bool:
@@ -52,18 +60,30 @@ def compile_functions(world: World, flag: bool, *functions: Callable) -> tuple[C
     return tuple(torch.compile(function, options=FUNCTION_OPTIONS) for function in functions)
 
 
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def capture_stream(world: World, flag: bool) -> torch.cuda.Stream | None:
+    """Where steps are captured, and must have run before; None where nothing is."""
+    return _stream(world.device) if _wanted(world, flag) else None
+
+
 class Graphed:
     """A function of tensors that runs as one CUDA graph after some calls.
 
     function(**inputs) takes tensors, and named tuples of them, and gives tensors; it must do the
     same work at every call and wait for nothing. It may change what it closes over (weights,
     averages): the calls before the capture count like the others. Results are overwritten by the
-    next call. Inputs must keep their shapes.
+    next call. Inputs must keep their shapes. With `meets`, the processes exchange gradients in it.
     """
 
-    def __init__(self, function: Callable, device: torch.device):
-        self.function, self.device, self.left = function, device, WARM
-        self.stream = torch.cuda.Stream(device)
+    def __init__(self, function: Callable, world: World, meets: bool):
+        self.function, self.device = function, world.device
+        self.watch = Watch(world) if meets else None
+        self.left = WARM_TOGETHER if meets else WARM
+        self.stream = _stream(world.device)
         self.inputs: dict | None = None  # where the graph reads; the calls before it too, so that
         self.graph: torch.cuda.CUDAGraph | None = None  # capturing finds nothing left to compile
 
@@ -78,6 +98,8 @@ class Graphed:
         if self.graph is None:
             self._capture()
         self.graph.replay()
+        if self.watch is not None:
+            self.watch.begun()
         return self.results
 
     def _aside(self):
@@ -93,22 +115,47 @@ class Graphed:
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
         self.graph = torch.cuda.CUDAGraph()
-        # Other threads read latents and write checkpoints meanwhile.
+        # Other threads read latents, write checkpoints and watch NCCL meanwhile.
         with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
             self.results = self.function(**self.inputs)
+
+
+class Watch:
+    """Ends this process when a step of its graph waits too long for the other processes.
+
+    NCCL's own watchdog does not see what runs within a CUDA graph.
+    """
+
+    def __init__(self, world: World, minutes: float = LOST_MINUTES):
+        self.rank, self.minutes = world.rank, minutes
+        self.done, self.at = torch.cuda.Event(), None
+        threading.Thread(target=self._look, daemon=True).start()
+
+    def begun(self) -> None:
+        """A step has been put on the device; on its current stream."""
+        self.done.record()
+        self.at = time.monotonic()
+
+    def _look(self) -> None:
+        while True:
+            time.sleep(WATCH_SECONDS)
+            began = self.at
+            if began is None or self.done.query() or time.monotonic() - began < 60 * self.minutes:
+                continue
+            print(
+                f"error (rank {self.rank}): a step has not ended within {self.minutes:g} minutes: "
+                "another process hangs or is lost; start the run again with --resume auto",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(1)  # the main thread waits in CUDA, which nothing else interrupts
 
 
 def graphed(world: World, flag: bool, function: Callable, reduces: bool = True) -> Callable:
     """`function` as a `Graphed` where --compile has an effect, else as it is.
 
-    reduces: the processes meet in it. Several then launch their kernels one by one: a graph would
-    hide from NCCL's watchdog that one of them is lost.
+    reduces: the processes, if there are several, exchange gradients in it.
     """
-    if not _wanted(world, flag) or (reduces and world.size > 1):
+    if not _wanted(world, flag):
         return function
-    return Graphed(function, world.device)
-
-
-def graphed_apart(world: World, flag: bool, function: Callable) -> Callable:
-    """A part of a step in which processes do not meet, as a `Graphed` where the step is none."""
-    return graphed(world, flag and world.size > 1, function, reduces=False)
+    return Graphed(function, world, meets=reduces and world.size > 1)

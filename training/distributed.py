@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 
 PREFLIGHT_SECONDS = 300.0  # in which all processes of a run must have found each other
+LOST_MINUTES = 30.0  # after which a process that waits for another ends
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 PREEMPTED = 75  # exit code EX_TEMPFAIL, on which a scheduler can be told to requeue
 
@@ -57,7 +58,7 @@ class World:
         return self.rank == 0
 
 
-def start(device: str | None = None, timeout_minutes: float = 30.0) -> World:
+def start(device: str | None = None, timeout_minutes: float = LOST_MINUTES) -> World:
     """Joins the process group that torchrun described, or stands alone when there is none.
 
     Args:
@@ -163,14 +164,23 @@ def gather_objects(world: World, value: object) -> list:
     return values
 
 
-def wrap(world: World, module: torch.nn.Module) -> torch.nn.Module:
-    """`module`, with gradients averaged over all processes when there are several."""
+def wrap(
+    world: World, module: torch.nn.Module, stream: torch.cuda.Stream | None = None
+) -> torch.nn.Module:
+    """`module`, with gradients averaged over all processes when there are several.
+
+    stream: where its steps run, if not on CUDA's current one.
+    """
     if world.size == 1:
         return module
     ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(
-        module, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
-    )
+    with torch.cuda.stream(stream):  # on which gradients will be added up
+        wrapped = DistributedDataParallel(
+            module, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
+    if stream is not None:
+        torch.cuda.current_stream().wait_stream(stream)
+    return wrapped
 
 
 def micro_batches(net: torch.nn.Module, inputs: dict, number: int) -> Iterator[dict]:
