@@ -31,8 +31,8 @@ FUNCTION_OPTIONS = {"constant_and_index_propagation": False}
 # Kinds of blocks, times batch sizes, times training or not, for which one block may be compiled.
 KINDS = 64
 
-# Calls before a graph is captured. Of several processes, DistributedDataParallel arranges its buckets
-# anew after the first, and times its first ten, for which it waits on the device.
+# Calls before a graph is captured. With several processes DistributedDataParallel arranges its
+# buckets anew after the first call, and times the first ten, for which it waits on the device.
 WARM, WARM_TOGETHER = 3, 12
 WATCH_SECONDS = 10.0
 
