@@ -10,20 +10,26 @@ from collections.abc import Callable
 import torch
 
 STEPS = 3
+IDLE = "no kernel"
 KINDS = {  # the first that is found in a kernel's name
-    "attention": r"flash|fmha|attention|cudnn_generated|sdpa",
-    "products": r"gemm|nvjet|cutlass|xmma|wgmma|splitK",
-    "convolutions": r"conv",
     "between processes": r"nccl",
-    "optimiser, averages, norms": r"multi_tensor|Adam|foreach|lerp",
     "Inductor's own": r"^triton_",
+    "modulation": r"^(forward|backward)$",
+    "attention": r"flash|fmha|attention|cudnn_generated|sdpa",
+    "convolutions": r"conv|fprop|dgrad|wgrad",
+    "products": r"gemm|nvjet|cutlass|xmma|wgmma|splitK",
+    "optimiser, averages, norms": r"multi_tensor|Adam|foreach|lerp",
     "copies": r"Memcpy|Memset|copy_kernel|direct_copy",
+    IDLE: rf"^{IDLE}$",
     "other": r"",
 }
 
 
 def kernel_times(once: Callable[[], None]) -> dict[str, tuple[float, float]]:
-    """Kernel -> milliseconds and launches a step, over a few calls of a warm step on CUDA."""
+    """Kernel -> milliseconds and launches a step, over a few calls of a warm step on CUDA.
+
+    IDLE among them: time between the first start and the last end in which none ran.
+    """
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         for _ in range(STEPS):
@@ -31,10 +37,16 @@ def kernel_times(once: Callable[[], None]) -> dict[str, tuple[float, float]]:
         torch.cuda.synchronize()
     times: Counter = Counter()
     launches: Counter = Counter()
-    for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            times[event.name] += event.time_range.elapsed_us() / 1e3 / STEPS
-            launches[event.name] += 1 / STEPS
+    found = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    latest = None
+    for event in sorted(found, key=lambda e: e.time_range.start):
+        times[event.name] += event.time_range.elapsed_us() / 1e3 / STEPS
+        launches[event.name] += 1 / STEPS
+        start, end = event.time_range.start, event.time_range.end
+        if latest is not None and start > latest:
+            times[IDLE] += (start - latest) / 1e3 / STEPS
+            launches[IDLE] += 1 / STEPS
+        latest = end if latest is None else max(latest, end)
     return {name: (ms, launches[name]) for name, ms in times.most_common()}
 
 

@@ -47,6 +47,8 @@ def entry(*command, threads: int = 1, gpu: int = 0) -> None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         cards = visible.split(",") if visible else range(torch.cuda.device_count())
         limits["CUDA_VISIBLE_DEVICES"] = str(cards[gpu % len(cards)])
+    # diffusers asks for a GPU when imported; a process that asks CUDA itself cannot fork any more
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with tempfile.NamedTemporaryFile("r") as heard:
