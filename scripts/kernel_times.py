@@ -15,7 +15,7 @@ KINDS = {  # the first that is found in a kernel's name
     "products": r"gemm|nvjet|cutlass|xmma|wgmma|splitK",
     "convolutions": r"conv",
     "between processes": r"nccl",
-    "optimiser, averages, norms": r"multi_tensor|Adam|foreach|lerp",
+    "optimiser, averages, norms": r"multi_tensor|Adam|adamw|foreach|lerp",
     "Inductor's own": r"^triton_",
     "copies": r"Memcpy|Memset|copy_kernel|direct_copy",
     "other": r"",
