@@ -44,7 +44,7 @@ def test_trial_notices_what_is_wrong(monkeypatch):
 
 
 def train(fused: bool, decay: float, folder: Path | None = None) -> list[torch.Tensor]:
-    """Seven guarded steps, one of them not finite; half way the state goes through a dict."""
+    """Seven guarded steps, one of them not finite, between two the state goes through a dict."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(24, 100), torch.nn.Tanh(), torch.nn.Linear(100, 3))
     model[0].bias.requires_grad_(False)
@@ -73,7 +73,7 @@ def train(fused: bool, decay: float, folder: Path | None = None) -> list[torch.T
 
 def check_guarded_steps():
     for decay in (0.0, 0.9, 0.9999):
-        torch.testing.assert_close(train(True, decay), train(False, decay), rtol=3e-6, atol=1e-7)
+        torch.testing.assert_close(train(True, decay), train(False, decay), rtol=3e-6, atol=2e-6)
 
 
 def test_guarded_steps_are_those_of_pytorch():
