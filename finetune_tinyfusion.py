@@ -123,8 +123,9 @@ def main(args: argparse.Namespace) -> None:
         milestones=[epoch * extent.steps_per_epoch for epoch in milestones],
         gamma=args.lr_gamma,
     )
-    guard = StepGuard(optimizer, args.clip_grad)
     ema = Ema(model, args.ema_decay)
+    guard = StepGuard(optimizer, args.clip_grad, ema, args.kernels)
+    log.info(guard.line)
     names = ("loss", "mse", "vb") if teacher is None else ("loss", "mse", "vb", "kd", "features")
     means = Means(world, names)
     run = checkpoint.RunState(
@@ -169,7 +170,6 @@ def main(args: argparse.Namespace) -> None:
             terms[0].backward()
             total += terms.detach()
         norm = guard.step()
-        ema.update()
         return total, norm
 
     take_step = graphed(world, args.compile, step_on_device)

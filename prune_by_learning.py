@@ -128,8 +128,9 @@ def main(args: argparse.Namespace) -> None:
         groups.append({"params": weights, "lr": args.lr})
     optimizer = adamw(groups, weight_decay=0.0)
     lr = schedule(optimizer, "constant", total_steps=total_steps)
-    guard = StepGuard(optimizer, args.clip_grad)
     ema = Ema(gated, args.ema_decay)
+    guard = StepGuard(optimizer, args.clip_grad, ema, args.kernels)
+    log.info(guard.line)
     means = Means(world, ["loss"])
     run = checkpoint.RunState(
         extent, world, plan, args, means, model=gated, ema=ema, opt=optimizer, sched=lr, guard=guard
@@ -174,7 +175,6 @@ def main(args: argparse.Namespace) -> None:
             loss.backward()
             total += loss.detach()
         guard.step()
-        ema.update()
         return total
 
     take_step = graphed(world, args.compile, step_on_device)

@@ -13,12 +13,12 @@ STEPS = 3
 IDLE = "no kernel"
 KINDS = {  # the first that is found in a kernel's name
     "between processes": r"nccl",
+    "optimiser, averages, norms": r"multi_tensor|Adam|adamw|foreach|lerp",
     "Inductor's own": r"^triton_",
     "modulation": r"^(forward|backward)$",
     "attention": r"flash|fmha|attention|cudnn_generated|sdpa",
     "convolutions": r"conv|fprop|dgrad|wgrad",
     "products": r"gemm|nvjet|cutlass|xmma|wgmma|splitK",
-    "optimiser, averages, norms": r"multi_tensor|Adam|foreach|lerp",
     "copies": r"Memcpy|Memset|copy_kernel|direct_copy",
     IDLE: rf"^{IDLE}$",
     "other": r"",

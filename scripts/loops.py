@@ -120,7 +120,7 @@ def training(setting: Setting, selection: bool) -> Step:
     if gates is not None:
         groups.append({"params": [*gates.parameters()], "lr": 1e-3})
     optimizer = adamw(groups, 0.0)
-    guard, ema = StepGuard(optimizer, 1.0), Ema(net, 0.9999)
+    guard = StepGuard(optimizer, 1.0, Ema(net, 0.9999), setting.kernels)
     store = random_store(setting.plan, B)
     latents, draws_of, uniform = compile_functions(
         world, setting.compile, store.latents, draw, noise.uniform
@@ -142,7 +142,6 @@ def training(setting: Setting, selection: bool) -> Step:
         loss = terms["loss"].mean()
         loss.backward()
         guard.step()
-        ema.update()
         return loss.detach()[None]
 
     take_step = graphed(world, setting.compile, on_device)

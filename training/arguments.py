@@ -234,7 +234,7 @@ def add_machine(parser: argparse.ArgumentParser) -> Callable:
         "--kernels",
         choices=("auto", "torch"),
         default="auto",
-        help="auto: faster kernels for the operators, where they are installed and agree with "
-        "PyTorch's; torch: PyTorch's alone; CUDA only",
+        help="auto: faster kernels for operators and optimiser, where they are installed and agree "
+        "with PyTorch's; torch: PyTorch's alone; CUDA only",
     )
     return add

@@ -1,7 +1,7 @@
 """Exponential moving average of the trainable parameters; frozen ones need none."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -21,15 +21,20 @@ class Ema:
             raise ValueError(f"--ema-decay {decay}: must be at least 0 and below 1")
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.model = model
-        self.names = list(trained)
-        self._live = [p.detach() for p in trained.values()]
-        self.averages = [p.detach().clone() for p in trained.values()]
+        self.decay = decay
+        self.names, self.parameters = list(trained), list(trained.values())
+        self._live = [p.detach() for p in self.parameters]
+        self.averages = [p.detach().clone() for p in self.parameters]
+        self.average_of = dict(zip(self.parameters, self.averages, strict=True))
         self._update = get_ema_multi_avg_fn(decay)
 
     @torch.no_grad()
-    def update(self) -> None:
-        """One averaging step towards the model's present parameters."""
-        self._update(self.averages, self._live, 0)
+    def update(self, parameters: Sequence[torch.nn.Parameter] | None = None) -> None:
+        """One averaging step towards the model's present parameters: all, or only these."""
+        if parameters is None:
+            self._update(self.averages, self._live, 0)
+        else:
+            self._update([self.average_of[p] for p in parameters], list(parameters), 0)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The whole model's state with the averages in place of the trained tensors."""

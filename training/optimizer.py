@@ -6,6 +6,9 @@ from contextlib import contextmanager
 
 import torch
 
+from training import fused_step
+from training.ema import Ema
+
 SCHEDULES = ("constant", "cosine", "milestones")
 
 
@@ -59,16 +62,24 @@ class StepGuard:
     Args:
         optimizer: a fused AdamW.
         max_norm: gradient-norm clip; None leaves gradients alone.
+        ema: averages that take a step with each of the optimiser's, also with one left out.
+        kernels: "auto", or "torch" for PyTorch alone.
         patience: skipped steps in a row after which `check` raises.
 
     Attributes:
         skipped, in_a_row: 0-d tensors, steps left out in all and up to now without a good one.
+        line: for the log, what computes a step with averages.
     """
 
     def __init__(
-        self, optimizer: torch.optim.AdamW, max_norm: float | None, patience: int = 20
+        self,
+        optimizer: torch.optim.AdamW,
+        max_norm: float | None,
+        ema: Ema | None = None,
+        kernels: str = "auto",
+        patience: int = 20,
     ) -> None:
-        self.optimizer = optimizer
+        self.optimizer, self.ema = optimizer, ema
         self.max_norm = math.inf if max_norm is None else max_norm
         self.patience = patience
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -76,6 +87,12 @@ class StepGuard:
         self.skipped = torch.zeros((), device=device)
         self.in_a_row = torch.zeros((), device=device)
         self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
+        self.fused, self.line = None, "optimiser and averages: PyTorch (as --kernels says)"
+        if ema is not None and kernels != "torch":
+            reason = fused_step.refusal(optimizer, ema)
+            self.fused = None if reason else fused_step.FusedStep(optimizer, ema)
+            ran = f"PyTorch (Triton {reason})" if reason else "Triton"
+            self.line = f"optimiser and averages: {ran}"
 
     def set_rates(self) -> None:
         """Hands the schedule's learning rates to the device; before each `step`.
@@ -86,16 +103,19 @@ class StepGuard:
             rate.fill_(group["lr"])
 
     def step(self) -> torch.Tensor:
-        """One optimiser step; returns the gradient norm before clipping, 0-d."""
+        """One step of optimiser and averages; returns the gradient norm before clipping, 0-d."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         bad = (~torch.isfinite(norm)).float()
         # The optimiser itself divides by one and leaves its step out for the other, which spares
         # a pass over all gradients.
-        self.optimizer.grad_scale = (norm / self.max_norm).clamp(min=1.0)
-        self.optimizer.found_inf = bad
-        with self._rates_on_device():
-            self.optimizer.step()
+        scale = (norm / self.max_norm).clamp(min=1.0)
+        if self.fused is None or not self.fused(self.rates, scale, bad):
+            self.optimizer.grad_scale, self.optimizer.found_inf = scale, bad
+            with self._rates_on_device():
+                self.optimizer.step()
+            if self.ema is not None:
+                self.ema.update()
         self.skipped += bad
         self.in_a_row.add_(bad).mul_(bad)
         return norm
