@@ -84,10 +84,9 @@ def prepare_ungrafted(args: argparse.Namespace) -> None:
     (folder / "base-0.yaml").write_text(yaml.safe_dump(content))
 
 
-def prepare(key: str, args: argparse.Namespace) -> None:
-    """Stage 1 of one operator into all blocks, a run a seed; and the YAML of each case's plan."""
-    name, loss = key.rsplit("-", 1)
-    slot, operator, config, _ = OPERATORS[name]
+def write_plans(key: str, args: argparse.Namespace) -> None:
+    """The YAML of each case's plan that needs no Stage 1, and all.yaml, which Stage 1 takes."""
+    slot, operator, config, _ = OPERATORS[key.rsplit("-", 1)[0]]
     folder = args.work / "plans" / key
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "operator.yaml").write_text(yaml.safe_dump(config))
@@ -97,17 +96,21 @@ def prepare(key: str, args: argparse.Namespace) -> None:
     }  # fmt: skip
     content["sample_config"] |= {"graft_indexes": list(range(28)), "graft_init": "fresh"}
     (folder / "all.yaml").write_text(yaml.safe_dump(content))
-    several = name in args.main or name in SELF_GRAFTS
-    for seed in args.seeds if several else args.seeds[:1]:
-        flags = ["--loss-mha" if slot == "mha" else "--loss-mlp", loss]
-        distilled = testbed.distill(folder / "all.yaml", f"{key}-{seed}", seed, args, *flags)
-        for percent, blocks in BLOCKS.items():
-            path = folder / f"distilled-{percent}-{seed}.yaml"
-            write_plan(load_plan(distilled), path, {slot: blocks})
     for percent, blocks in BLOCKS.items():
-        for start in ("fresh", "inherit") if name in INHERITING else ("fresh",):
+        for start in ("fresh", "inherit"):
             content["sample_config"] |= {"graft_indexes": blocks, "graft_init": start}
             (folder / f"{start}-{percent}.yaml").write_text(yaml.safe_dump(content))
+
+
+def distill(key: str, seed: int, args: argparse.Namespace, gpu: int) -> None:
+    """Stage 1 of one operator into all blocks; and the YAML of each plan that starts from it."""
+    name, loss = key.rsplit("-", 1)
+    slot = OPERATORS[name][0]
+    folder = args.work / "plans" / key
+    flags = ["--loss-mha" if slot == "mha" else "--loss-mlp", loss]
+    path = testbed.distill(folder / "all.yaml", f"{key}-{seed}", seed, args, *flags, gpu=gpu)
+    for percent, blocks in BLOCKS.items():
+        write_plan(load_plan(path), folder / f"distilled-{percent}-{seed}.yaml", {slot: blocks})
 
 
 def make(case: tuple, gpu: int, args: argparse.Namespace) -> dict:
@@ -136,17 +139,20 @@ def make(case: tuple, gpu: int, args: argparse.Namespace) -> dict:
 
 def run(args: argparse.Namespace) -> None:
     testbed.encode(args.work)
+    prepare_ungrafted(args)
     wanted = cases(args)
+    stage_one = {
+        (key, seed): [partial(distill, key, seed, args)]
+        for key, _, start, _, seed in wanted
+        if start == "distilled"
+    }
+    for key in {key for key, _ in stage_one}:
+        write_plans(key, args)
     names = ("steps", "distill_steps", "batch", "num_samples", "train_flags")
     testbed.run_cases(
         wanted,
         lambda case, gpu: make(case, gpu, args),
-        {
-            key: partial(prepare_ungrafted, args)
-            if key == UNGRAFTED[0]
-            else partial(prepare, key, args)
-            for key in {case[0] for case in wanted}
-        },
+        lambda case: stage_one[case[0], case[4]] if case[2] == "distilled" else (),
         args,
         {name: getattr(args, name) for name in names},
     )

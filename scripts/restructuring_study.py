@@ -82,11 +82,10 @@ def write_plans(folder: Path) -> None:
         (folder / f"{start}.yaml").write_text(yaml.safe_dump(content))
 
 
-def distill(args: argparse.Namespace) -> None:
-    """Stage 1 of the pairs, a run a seed."""
-    for seed in args.seeds:
-        plan = args.work / "plans" / "sum.yaml"
-        testbed.distill(plan, f"pairs-{seed}", seed, args, "--lr", args.distill_lr)
+def distill(seed: int, args: argparse.Namespace, gpu: int) -> None:
+    """Stage 1 of the pairs."""
+    plan = args.work / "plans" / "sum.yaml"
+    testbed.distill(plan, f"pairs-{seed}", seed, args, "--lr", args.distill_lr, gpu=gpu)
 
 
 def choose(
@@ -149,13 +148,13 @@ def run(args: argparse.Namespace) -> None:
     write_plans(args.work / "plans")
     wanted = [(s, training, seed) for seed in args.seeds for training in TRAININGS for s in STARTS]
     wanted += [(half, "finetune", seed) for seed in args.seeds for half in HALVES]
-    stage_one = partial(distill, args)
+    stage_one = {seed: [partial(distill, seed, args)] for seed in args.seeds}
     names = ("steps", "distill_steps", "distill_lr", "selection_steps", "selection_flags")
     names += ("batch", "num_samples", "train_flags")
     testbed.run_cases(
         wanted,
         lambda case, gpu: make(case, gpu, args),
-        dict.fromkeys(("distilled", *HALVES), stage_one),
+        lambda case: stage_one[case[2]] if case[0] in ("distilled", *HALVES) else (),
         args,
         {name: getattr(args, name) for name in names},
     )

@@ -17,6 +17,7 @@ import argparse
 import shlex
 import sys
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -48,7 +49,7 @@ def configured(operator: str) -> Path:
     return REPOSITORY / f"configs/mini/75p_{operator}.yaml"
 
 
-def prepare(operator: str, args: argparse.Namespace) -> None:
+def prepare(operator: str, args: argparse.Namespace, gpu: int) -> None:
     """Stage 1 for all blocks, the 75 % candidate, and the YAML of every guess, once.
 
     Every plan of the study takes its operators from the same distillation.
@@ -62,7 +63,7 @@ def prepare(operator: str, args: argparse.Namespace) -> None:
     content["sample_config"]["graft_indexes"] = list(range(28))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "100p.yaml").write_text(yaml.safe_dump(content))
-    distilled = testbed.distill(folder / "100p.yaml", operator, 0, args)
+    distilled = testbed.distill(folder / "100p.yaml", operator, 0, args, gpu=gpu)
     entry(
         "scripts/guess_plans.py", "--config", distilled, "--keep", 14, "--out", folder,
         "--locality", args.work / "locality" / "locality.json", "--seeds", *args.seeds,
@@ -126,15 +127,13 @@ def run(args: argparse.Namespace) -> None:
     grafted = [(operator, pattern) for pattern in args.patterns for operator in args.operators]
     # the seeds of one plan apart, so that later ones find its compiled code
     cases = [(*kind, seed) for seed in args.seeds for kind in (UNGRAFTED, *grafted)]
+    works = {operator: [partial(prepare, operator, args)] for operator in args.operators}
     names = ("steps", "selection_steps", "distill_steps", "batch", "num_samples")
     names += ("train_flags", "selection_flags")
     testbed.run_cases(
         cases,
         lambda case, gpu: make(case, gpu, args),
-        {
-            operator: lambda operator=operator: prepare(operator, args)
-            for operator in args.operators
-        },
+        lambda case: works.get(case[0], ()),
         args,
         {name: getattr(args, name) for name in names},
     )

@@ -13,7 +13,7 @@ import shlex
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -171,38 +171,35 @@ def is_made(path: Path, settings: dict) -> bool:
 def run_cases(
     cases: Iterable[tuple],
     make: Callable[[tuple, int], dict],
-    prepare: dict[str, Callable[[], None]],
+    before: Callable[[tuple], Sequence[Callable[[int], None]]],
     args: argparse.Namespace,
     settings: dict,
 ) -> None:
     """Makes the cases without a result, `args.jobs` at a time, and writes each as it ends.
 
     Args:
-        cases: tuples of words and numbers, the names of their results; the first says what must be
-            prepared for it.
+        cases: tuples of words and numbers, the names of their results.
         make: gives a case's result; its second argument is a number for `entry`'s gpu.
-        prepare: what to do before the first case of a kind, `args.jobs` of them at a time; once,
-            where several kinds name the same.
+        before: what must be done before a case, `args.jobs` of them at a time, each with a number
+            for `entry`'s gpu; once, where several cases name the same object.
         settings: what every result of the study shares; written into each.
     """
     args.results.mkdir(parents=True, exist_ok=True)
     names = {"-".join(map(str, case)): case for case in cases}
     missing = [n for n in names if not is_made(args.results / f"{n}.json", settings)]
-    needed = sorted({names[name][0] for name in missing} & prepare.keys())
+    wanted = dict.fromkeys(work for name in missing for work in before(names[name]))
 
-    def finish(name: str, gpu: int, prepared: dict[str, Future]) -> None:
-        case = names[name]
-        if case[0] in prepared:
-            prepared[case[0]].result()
-        result = make(case, gpu) | {"settings": settings, **environment()}
+    def finish(name: str, gpu: int, works: dict[Callable, Future]) -> None:
+        for work in before(names[name]):
+            works[work].result()
+        result = make(names[name], gpu) | {"settings": settings, **environment()}
         write_json(args.results / f"{name}.json", result)
         shown = (f"{title} {result[key]:.5f}" for key, title in METRICS.items() if key in result)
         print(f"{name}: {'  '.join(shown)}", flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool, ThreadPoolExecutor(args.jobs) as first:
-        works = {work: first.submit(work) for work in dict.fromkeys(prepare[k] for k in needed)}
-        prepared = {kind: works[prepare[kind]] for kind in needed}
-        running = [pool.submit(finish, n, gpu, prepared) for gpu, n in enumerate(missing)]
+        works = {work: first.submit(work, gpu) for gpu, work in enumerate(wanted)}
+        running = [pool.submit(finish, n, gpu, works) for gpu, n in enumerate(missing)]
         for future in running:
             future.result()
 
