@@ -14,7 +14,7 @@ from torch import nn
 
 from models.operators.modulation import Modulated, add_norm_modulate, modulate, norm
 from models.recompute import run_block
-from models.restructure import PairRunner
+from models.restructure import PairEnd, pair_change
 from models.selection import check_keep, run_slot
 
 TIMESTEP_FEATURES = 256
@@ -219,7 +219,7 @@ class DiT(nn.Module):
             DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)
         )
         self.merges = nn.ModuleDict()  # of parallel pairs, by their first block
-        self.run_pair = PairRunner()
+        self.end_pair = PairEnd()
         self.recomputes = False  # models/recompute.py
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.reset_parameters()
@@ -292,8 +292,8 @@ class DiT(nn.Module):
                 x, before = (x, None) if ended else x
             else:
                 merge = self.merges[str(layer[0])]
-                pair = (*held, merge, [shares[i] for i in layer])
-                x = x + run_block(self, self.run_pair, x, c, *pair)
+                pair = (*held, merge, [shares[i] for i in layer], self.end_pair)
+                x = x + run_block(self, pair_change, x, c, *pair)
             if hidden is not None:
                 hidden.append(x)
         return x, c
@@ -317,8 +317,8 @@ class DiT(nn.Module):
 
     def regions(self) -> list[nn.Module]:
         """The parts that torch.compile takes one by one."""
-        alone = [self.blocks[layer[0]] for layer in self.layers if len(layer) == 1]
-        return [*alone, self.run_pair, self.t_embedder, self.final_layer]
+        blocks = [module for module in self.modules() if isinstance(module, DiTBlock)]
+        return [*blocks, self.end_pair, self.t_embedder, self.final_layer]
 
     def forward_with_cfg(
         self,

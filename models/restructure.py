@@ -13,21 +13,18 @@ While the gates learn which pairs become parallel (models/selection.py), a PairC
 merge, and both ways to run the two blocks are computed and mixed.
 """
 
-import logging
-from collections import defaultdict
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from models.operators.modulation import norm
-from models.operators.stacked import linear_both, obstacle, run_both
-from models.selection import PairChoice, mix, run_slot
-
-logger = logging.getLogger(__name__)
+from models.selection import PairChoice, mix
 
 Pair = tuple[int, int]
+Open = tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]  # of a DiTBlock with `ended` False
+Result = TypeVar("Result")
 MERGES = "merges."  # how the names of the merges' tensors begin
 
 
@@ -66,8 +63,7 @@ def check_pairs(pairs: Sequence, depth: int) -> tuple[Pair, ...]:
 def parallelize(model: nn.Module, pairs: Sequence[Pair]) -> nn.Module:
     """Makes these pairs of a DiT's blocks parallel, in place, after their operators are grafted.
 
-    The merges start as the sum, in float32 on PyTorch's default device. Says once, by a warning,
-    which slots take two passes because their operators cannot run as one.
+    The merges start as the sum, in float32 on PyTorch's default device.
 
     Raises:
         ValueError: as `check_pairs`, pairs that the model already has among them.
@@ -76,8 +72,6 @@ def parallelize(model: nn.Module, pairs: Sequence[Pair]) -> nn.Module:
     check_pairs([*there, *pairs], len(model.blocks))
     for first, _ in pairs:
         model.merges[str(first)] = new_merge(model.hidden_size)
-    for line in two_passes(model):
-        _warn_once(line)
     return model
 
 
@@ -90,6 +84,33 @@ def new_merge(width: int) -> nn.Linear:
     return merge
 
 
+def pair_end(
+    x: torch.Tensor,
+    branches: Sequence[Open],
+    merge: nn.Linear,
+    keep: torch.Tensor | None = None,
+    sequence: Open | None = None,
+) -> torch.Tensor:
+    """W [F_a; F_b] + b of the tokens x [B,T,D] that entered both blocks, and of what these gave.
+
+    sequence: what the blocks gave one after the other, which `keep` mixes with it. -> [B,T,D]
+    """
+
+    def change(given: Open) -> torch.Tensor:
+        y, (branch, gate) = given
+        return y - x + gate.unsqueeze(1) * branch
+
+    joined = merge(torch.cat([change(given) for given in branches], dim=-1))  # B T 2D -> B T D
+    return joined if sequence is None else mix(change(sequence), joined, keep)
+
+
+class PairEnd(nn.Module):
+    """`pair_end` as a module without tensors of its own, so that it can be compiled in place."""
+
+    def forward(self, *inputs) -> torch.Tensor:
+        return pair_end(*inputs)
+
+
 def pair_change(
     x: torch.Tensor,
     c: torch.Tensor,
@@ -97,46 +118,60 @@ def pair_change(
     second: nn.Module,
     merge: nn.Linear | PairChoice,
     shares: Sequence[torch.Tensor | None] = (None, None),
+    end: Callable[..., torch.Tensor] = pair_end,
 ) -> torch.Tensor:
-    """What a parallel pair adds to its input: W [F_a; F_b] + b, both branches at once.
+    """What a parallel pair adds to its input: W [F_a; F_b] + b.
 
     Args:
         x: tokens [B,T,D].
         c: condition [B,D].
-        first, second: DiTBlocks; operators that cannot run as one run one after the other.
+        first, second: DiTBlocks.
         merge: W and b, or the open choice between W [F_a; F_b] + b and the blocks in sequence.
         shares: the keep of each block, see `DiT.forward`.
+        end: `pair_end`, or the same compiled.
 
     Returns:
         [B,T,D].
     """
     if isinstance(merge, PairChoice):
-        at_once = pair_change(x, c, *merge.parallel(first, second), merge.merge)
-        return mix(second(first(x, c), c) - x, at_once, shares[0])
-    silu, linear = first.adaLN_modulation
-    condition = silu(c).expand(2, -1, -1)  # 2 B D
-    parts = linear_both(linear, second.adaLN_modulation[1], condition).unsqueeze(2)
-    shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = parts.chunk(6, dim=-1)
-    h = norm(x) * (1 + scale_attn) + shift_attn  # 2 B T D
-    change = gate_attn * _slots(first.attn, second.attn, h, shares)
-    h = norm(x + change) * (1 + scale_mlp) + shift_mlp
-    change = change + gate_mlp * _slots(first.mlp, second.mlp, h, shares)
-    return merge(change.permute(1, 2, 0, 3).flatten(2))  # B T 2D -> B T D
+        a, b = merge.parallel(first, second)
+        branches = beside(partial(a, x, c, ended=False), partial(b, x, c, ended=False), x.device)
+        y, before = branches[0] if a is first else first(x, c, ended=False)
+        return end(x, branches, merge.merge, shares[0], second(y, c, None, before, False))
+    given = [partial(b, x, c, k, ended=False) for b, k in zip((first, second), shares, strict=True)]
+    return end(x, beside(*given, x.device), merge)
 
 
-class PairRunner(nn.Module):
-    """`pair_change` as a module without tensors of its own, so that it can be compiled in place."""
+def beside(
+    first: Callable[[], Result], second: Callable[[], Result], device: torch.device
+) -> tuple[Result, Result]:
+    """The results of two functions that need nothing of each other.
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        c: torch.Tensor,
-        first: nn.Module,
-        second: nn.Module,
-        merge: nn.Module,
-        shares: Sequence[torch.Tensor | None] = (None, None),
-    ) -> torch.Tensor:
-        return pair_change(x, c, first, second, merge, shares)
+    In a CUDA graph without gradients the second runs on a stream of its own, at the same time: at
+    small batches one function leaves most of a GPU idle. Launched from the host they would hardly
+    meet, and gradients would have to find their streams.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or device.type != "cuda"
+        or not torch.cuda.is_current_stream_capturing()
+    ):
+        return first(), second()
+    # What one stream frees it may write to again, before the other has read it. Here it is not
+    # freed before the streams have met, and then each begins by waiting for the other.
+    here, there = torch.cuda.current_stream(device), _other_stream(device)
+    there.wait_stream(here)
+    with torch.cuda.stream(there):
+        other = second()
+    one = first()
+    here.wait_stream(there)
+    return one, other
+
+
+@cache
+def _other_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 class ParallelPair(nn.Module):
@@ -153,31 +188,3 @@ class ParallelPair(nn.Module):
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         return pair_change(x, c, *self.blocks.values(), self.merges[str(self.pair[0])])
-
-
-def _slots(
-    first: nn.Module, second: nn.Module, h: torch.Tensor, shares: Sequence[torch.Tensor | None]
-) -> torch.Tensor:
-    """The two operators of a slot, each on its own input: [2,B,T,D] -> [2,B,T,D]"""
-    if not obstacle(first, second):
-        return run_both(first, second, h)
-    return torch.stack([run_slot(first, h[0], shares[0]), run_slot(second, h[1], shares[1])])
-
-
-def two_passes(model: nn.Module) -> list[str]:
-    """Which slots of a model's pairs run one operator after the other, and why; for logs."""
-    found: dict[str, list[str]] = defaultdict(list)
-    for first in map(int, model.merges):
-        for slot in ("attn", "mlp"):
-            operators = (getattr(model.blocks[block], slot) for block in (first, first + 1))
-            if reason := obstacle(*operators):
-                found[f"in their {slot}, one after the other: {reason}"].append(
-                    f"{first}+{first + 1}"
-                )
-    return [f"parallel pairs {', '.join(pairs)} run {how}" for how, pairs in found.items()]
-
-
-@cache
-def _warn_once(line: str) -> None:
-    """Once a process; a warning, as only these show where nobody has set up logging."""
-    logger.warning("%s", line)

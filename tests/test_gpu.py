@@ -19,11 +19,13 @@ import yaml
 from test_prune import FORMS, select_form
 
 from latents.store import open_latents
+from models import restructure
 from models.dit import DiT, build_dit
 from models.grafting import build_grafted, load_plan
 from models.inference import quicken
 from models.operators import accelerators
-from training.compilation import compile_models
+from models.restructure import parallelize
+from training.compilation import compile_models, graphed
 from training.distributed import World
 
 pytestmark = [
@@ -390,10 +392,11 @@ def test_two_gpus_draw_and_score_the_images_of_one(mini, precision, mode, levels
     assert scores[2] == pytest.approx(scores[1], rel=1e-6)
 
 
-def strong_dit(width=128, depth=3):
+def strong_dit(width=128, depth=3, pairs=()):
     """A small DiT with every layer at work, on CUDA."""
     torch.manual_seed(0)
     model = DiT(input_size=16, hidden_size=width, depth=depth, num_heads=4, num_classes=5)
+    parallelize(model, pairs)
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.5 * parameter.shape[-1] ** -0.5)
@@ -412,13 +415,14 @@ def distance(some, exact):
     return ((some.float() - exact).norm() / exact.norm()).item()
 
 
+@pytest.mark.parametrize("pairs", [(), ((0, 1),)], ids=["in sequence", "a pair"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_fused_modulation_trains_like_pytorch(compiled):
+def test_fused_modulation_trains_like_pytorch(compiled, pairs):
     """Outputs and gradients in bf16 are no farther from float32 than PyTorch's own are."""
     found = {}
     drop = torch.zeros(6, dtype=torch.bool, device="cuda")
     for path in ("exact", "torch", "triton"):
-        model, inputs = strong_dit(), inputs_of(6)
+        model, inputs = strong_dit(pairs=pairs), inputs_of(6)
         if path == "triton":
             kernels = accelerators.accelerate(model, torch.device("cuda"), torch.bfloat16, 64)
             assert kernels == ["norm and modulation: Triton"]
@@ -449,3 +453,26 @@ def test_models_prepared_for_sampling_compute_the_same():
     print(errors)
     assert errors["bf16"] < 2e-2
     assert errors["fp8"] < 1e-1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("float8", [False, True], ids=["bf16", "fp8"])
+def test_pairs_in_a_graph_run_on_two_streams_and_compute_the_same(monkeypatch, float8):
+    """The calls before the capture, on one stream, and those of the graph after it."""
+    pairs, forks = ((0, 1), (2, 3), (5, 6)), []
+    other = restructure._other_stream
+    monkeypatch.setattr(restructure, "_other_stream", lambda d: forks.append(d) or other(d))
+    inputs = inputs_of(6)
+    exact = strong_dit(depth=7, pairs=pairs).eval()(*inputs)
+    model, alone = strong_dit(depth=7, pairs=pairs).eval(), World(0, 0, 1, torch.device("cuda"))
+    accelerators.accelerate(model, alone.device, torch.bfloat16, 64)
+    quicken(model, torch.bfloat16, float8)
+    compile_models(alone, True, model)
+    forward = graphed(alone, True, model, reduces=False)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        found = [forward(**dict(zip("xty", inputs, strict=True))).clone() for _ in range(20)]
+    assert len(forks) == len(pairs)
+    errors = [distance(y, exact) for y in found]
+    print(errors[0], errors[-1])
+    assert max(errors) < (1e-1 if float8 else 2e-2)
+    assert all(torch.equal(y, found[-1]) for y in found[-10:])
