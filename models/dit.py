@@ -16,6 +16,7 @@ from models.operators.modulation import Modulated, add_norm_modulate, modulate, 
 from models.recompute import run_block
 from models.restructure import PairEnd, pair_change
 from models.selection import check_keep, run_slot
+from models.streams import ahead
 
 TIMESTEP_FEATURES = 256
 MAX_PERIOD = 10_000
@@ -136,15 +137,18 @@ class DiTBlock(Modulated):
         keep: torch.Tensor | None = None,
         before: tuple[torch.Tensor, torch.Tensor] | None = None,
         ended: bool = True,
+        parts: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """x [B,T,D], condition c [B,D], this block's keep (see DiT.forward) -> [B,T,D]
+
+        parts: what `adaLN_modulation` gives for c, where that is there already.
 
         So that the sum which ends a block can be taken together with the norm that begins the next:
         with `ended` False -> x without what the MLP adds, and that: its output [B,T,D] and its gate
         [B,D], which the next block takes as `before`.
         """
-        parts = self.adaLN_modulation(c).chunk(6, dim=1)
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = parts
+        parts = self.adaLN_modulation(c) if parts is None else parts
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = parts.chunk(6, dim=1)
         branch, gate = (None, None) if before is None else before
         x, h = add_norm_modulate(x, branch, gate, shift_attn, scale_attn, self.path)
         branch = run_slot(self.attn, h, keep)
@@ -283,17 +287,21 @@ class DiT(nn.Module):
             shares = [None] * len(self.blocks)
         else:
             shares = keep.unbind(-1 if keep.ndim < 3 else 1)  # 0-d, [B], or [B, 1 + variants]
-        layers, before = self.layers, None
+        parts = [None] * len(self.blocks)
+        if not torch.is_grad_enabled():  # they wait for c alone, and no block need wait for them
+            parts = ahead([partial(block.adaLN_modulation, c) for block in self.blocks], x.device)
+        parts, layers, before = iter(parts), self.layers, None
         for layer, after in zip(layers, [*layers[1:], ()], strict=True):
             held = [self.blocks[i] for i in layer]
             if len(layer) == 1:
                 ended = hidden is not None or len(after) != 1
-                x = run_block(self, held[0], x, c, shares[layer[0]], before, ended)
+                given = (shares[layer[0]], before, ended, next(parts))
+                x = run_block(self, held[0], x, c, *given)
                 x, before = (x, None) if ended else x
             else:
                 merge = self.merges[str(layer[0])]
-                pair = (*held, merge, [shares[i] for i in layer], self.end_pair)
-                x = x + run_block(self, pair_change, x, c, *pair)
+                given = ([shares[i] for i in layer], [next(parts) for _ in layer], self.end_pair)
+                x = x + run_block(self, pair_change, x, c, *held, merge, *given)
             if hidden is not None:
                 hidden.append(x)
         return x, c
@@ -318,7 +326,8 @@ class DiT(nn.Module):
     def regions(self) -> list[nn.Module]:
         """The parts that torch.compile takes one by one."""
         blocks = [module for module in self.modules() if isinstance(module, DiTBlock)]
-        return [*blocks, self.end_pair, self.t_embedder, self.final_layer]
+        modulations = [block.adaLN_modulation for block in blocks]
+        return [*blocks, *modulations, self.end_pair, self.t_embedder, self.final_layer]
 
     def forward_with_cfg(
         self,

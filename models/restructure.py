@@ -14,17 +14,16 @@ merge, and both ways to run the two blocks are computed and mixed.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
-from typing import TypeVar
+from functools import partial
 
 import torch
 from torch import nn
 
 from models.selection import PairChoice, mix
+from models.streams import beside
 
 Pair = tuple[int, int]
 Open = tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]  # of a DiTBlock with `ended` False
-Result = TypeVar("Result")
 MERGES = "merges."  # how the names of the merges' tensors begin
 
 
@@ -118,6 +117,7 @@ def pair_change(
     second: nn.Module,
     merge: nn.Linear | PairChoice,
     shares: Sequence[torch.Tensor | None] = (None, None),
+    parts: Sequence[torch.Tensor | None] = (None, None),
     end: Callable[..., torch.Tensor] = pair_end,
 ) -> torch.Tensor:
     """What a parallel pair adds to its input: W [F_a; F_b] + b.
@@ -128,6 +128,7 @@ def pair_change(
         first, second: DiTBlocks.
         merge: W and b, or the open choice between W [F_a; F_b] + b and the blocks in sequence.
         shares: the keep of each block, see `DiT.forward`.
+        parts: what the blocks' `adaLN_modulation` gives, where that is there already.
         end: `pair_end`, or the same compiled.
 
     Returns:
@@ -138,40 +139,11 @@ def pair_change(
         branches = beside(partial(a, x, c, ended=False), partial(b, x, c, ended=False), x.device)
         y, before = branches[0] if a is first else first(x, c, ended=False)
         return end(x, branches, merge.merge, shares[0], second(y, c, None, before, False))
-    given = [partial(b, x, c, k, ended=False) for b, k in zip((first, second), shares, strict=True)]
-    return end(x, beside(*given, x.device), merge)
-
-
-def beside(
-    first: Callable[[], Result], second: Callable[[], Result], device: torch.device
-) -> tuple[Result, Result]:
-    """The results of two functions that need nothing of each other.
-
-    In a CUDA graph without gradients the second runs on a stream of its own, at the same time: at
-    small batches one function leaves most of a GPU idle. Launched from the host they would hardly
-    meet, and gradients would have to find their streams.
-    """
-    if (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or device.type != "cuda"
-        or not torch.cuda.is_current_stream_capturing()
-    ):
-        return first(), second()
-    # What one stream frees it may write to again, before the other has read it. Here it is not
-    # freed before the streams have met, and then each begins by waiting for the other.
-    here, there = torch.cuda.current_stream(device), _other_stream(device)
-    there.wait_stream(here)
-    with torch.cuda.stream(there):
-        other = second()
-    one = first()
-    here.wait_stream(there)
-    return one, other
-
-
-@cache
-def _other_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    a, b = (
+        partial(block, x, c, keep, ended=False, parts=part)
+        for block, keep, part in zip((first, second), shares, parts, strict=True)
+    )
+    return end(x, beside(a, b, x.device), merge)
 
 
 class ParallelPair(nn.Module):

@@ -19,7 +19,7 @@ import yaml
 from test_prune import FORMS, select_form
 
 from latents.store import open_latents
-from models import restructure
+from models import streams
 from models.dit import DiT, build_dit
 from models.grafting import build_grafted, load_plan
 from models.inference import quicken
@@ -459,9 +459,8 @@ def test_models_prepared_for_sampling_compute_the_same():
 @pytest.mark.parametrize("float8", [False, True], ids=["bf16", "fp8"])
 def test_pairs_in_a_graph_run_on_two_streams_and_compute_the_same(monkeypatch, float8):
     """The calls before the capture, on one stream, and those of the graph after it."""
-    pairs, forks = ((0, 1), (2, 3), (5, 6)), []
-    other = restructure._other_stream
-    monkeypatch.setattr(restructure, "_other_stream", lambda d: forks.append(d) or other(d))
+    pairs, forks, stream = ((0, 1), (2, 3), (5, 6)), [], streams._stream
+    monkeypatch.setattr(streams, "_stream", lambda d, use: forks.append(use) or stream(d, use))
     inputs = inputs_of(6)
     exact = strong_dit(depth=7, pairs=pairs).eval()(*inputs)
     model, alone = strong_dit(depth=7, pairs=pairs).eval(), World(0, 0, 1, torch.device("cuda"))
@@ -471,7 +470,7 @@ def test_pairs_in_a_graph_run_on_two_streams_and_compute_the_same(monkeypatch, f
     forward = graphed(alone, True, model, reduces=False)
     with torch.autocast("cuda", dtype=torch.bfloat16):
         found = [forward(**dict(zip("xty", inputs, strict=True))).clone() for _ in range(20)]
-    assert len(forks) == len(pairs)
+    assert forks == ["ahead", *["beside"] * len(pairs)]
     errors = [distance(y, exact) for y in found]
     print(errors[0], errors[-1])
     assert max(errors) < (1e-1 if float8 else 2e-2)
