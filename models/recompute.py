@@ -30,7 +30,7 @@ def recompute(model: nn.Module) -> None:
 def run_block(model: nn.Module, block: Callable, *inputs) -> torch.Tensor:
     """block(*inputs), again in the backward pass where `recompute` was asked for.
 
-    block: a block of the model, compiled or not, or `pair_change`.
+    block: a block of the model, compiled or not, or `run_pair`.
     """
     if not (model.recomputes and torch.is_grad_enabled()):
         return block(*inputs)

@@ -19,11 +19,11 @@ from functools import partial
 import torch
 from torch import nn
 
+from models.operators.modulation import Addend, add
 from models.selection import PairChoice, mix
 from models.streams import beside
 
 Pair = tuple[int, int]
-Open = tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]  # of a DiTBlock with `ended` False
 MERGES = "merges."  # how the names of the merges' tensors begin
 
 
@@ -84,23 +84,21 @@ def new_merge(width: int) -> nn.Linear:
 
 
 def pair_end(
-    x: torch.Tensor,
-    branches: Sequence[Open],
+    addends: Sequence[tuple[Addend, Addend]],
     merge: nn.Linear,
     keep: torch.Tensor | None = None,
-    sequence: Open | None = None,
+    sequence: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """W [F_a; F_b] + b of the tokens x [B,T,D] that entered both blocks, and of what these gave.
+    """W [F_a; F_b] + b of what the operators of both blocks add -> [B,T,D]
 
-    sequence: what the blocks gave one after the other, which `keep` mixes with it. -> [B,T,D]
+    sequence: what the blocks add one after the other [B,T,D], which `keep` mixes with it.
     """
-
-    def change(given: Open) -> torch.Tensor:
-        y, (branch, gate) = given
-        return y - x + gate.unsqueeze(1) * branch
-
-    joined = merge(torch.cat([change(given) for given in branches], dim=-1))  # B T 2D -> B T D
-    return joined if sequence is None else mix(change(sequence), joined, keep)
+    changes = [
+        gate_attn.unsqueeze(1) * attn + gate_mlp.unsqueeze(1) * mlp
+        for (attn, gate_attn), (mlp, gate_mlp) in addends
+    ]
+    joined = merge(torch.cat(changes, dim=-1))  # B T 2D -> B T D
+    return joined if sequence is None else mix(sequence, joined, keep)
 
 
 class PairEnd(nn.Module):
@@ -110,17 +108,18 @@ class PairEnd(nn.Module):
         return pair_end(*inputs)
 
 
-def pair_change(
+def run_pair(
     x: torch.Tensor,
     c: torch.Tensor,
     first: nn.Module,
     second: nn.Module,
     merge: nn.Linear | PairChoice,
     shares: Sequence[torch.Tensor | None] = (None, None),
+    before: Addend | None = None,
     parts: Sequence[torch.Tensor | None] = (None, None),
     end: Callable[..., torch.Tensor] = pair_end,
-) -> torch.Tensor:
-    """What a parallel pair adds to its input: W [F_a; F_b] + b.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What enters a parallel pair, and what the pair adds to it: W [F_a; F_b] + b.
 
     Args:
         x: tokens [B,T,D].
@@ -128,28 +127,31 @@ def pair_change(
         first, second: DiTBlocks.
         merge: W and b, or the open choice between W [F_a; F_b] + b and the blocks in sequence.
         shares: the keep of each block, see `DiT.forward`.
+        before: what is still to be added to x, see `DiTBlock.forward`.
         parts: what the blocks' `adaLN_modulation` gives, where that is there already.
         end: `pair_end`, or the same compiled.
 
     Returns:
-        [B,T,D].
+        [B,T,D] each: x with `before`, and the change.
     """
     if isinstance(merge, PairChoice):
-        a, b = merge.parallel(first, second)
-        branches = beside(partial(a, x, c, ended=False), partial(b, x, c, ended=False), x.device)
-        y, before = branches[0] if a is first else first(x, c, ended=False)
-        return end(x, branches, merge.merge, shares[0], second(y, c, None, before, False))
+        x = add(x, before)
+        in_sequence = second(first(x, c), c) - x
+        a, b = (partial(block, x, c, apart=True) for block in merge.parallel(first, second))
+        (_, one), (_, other) = beside(a, b, x.device)
+        return x, end((one, other), merge.merge, shares[0], in_sequence)
     a, b = (
-        partial(block, x, c, keep, ended=False, parts=part)
+        partial(block, x, c, keep, before, parts=part, apart=True)
         for block, keep, part in zip((first, second), shares, parts, strict=True)
     )
-    return end(x, beside(a, b, x.device), merge)
+    (x, one), (_, other) = beside(a, b, x.device)
+    return x, end((one, other), merge)
 
 
 class ParallelPair(nn.Module):
     """One pair outside its model, for distillation: tokens [B,T,D], condition [B,D] -> [B,T,D].
 
-    Gives `pair_change`. Its tensors are named as in the whole model.
+    Gives what the pair adds to the tokens. Its tensors are named as in the whole model.
     """
 
     def __init__(self, model: nn.Module, pair: Pair):
@@ -159,4 +161,4 @@ class ParallelPair(nn.Module):
         self.merges = nn.ModuleDict({str(pair[0]): model.merges[str(pair[0])]})
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        return pair_change(x, c, *self.blocks.values(), self.merges[str(self.pair[0])])
+        return run_pair(x, c, *self.blocks.values(), self.merges[str(self.pair[0])])[1]

@@ -52,6 +52,8 @@ def test_model_of_pairs_equals_its_definition():
     x, t, y = inputs()
     out = model(x, t, y)
     torch.testing.assert_close(out, by_definition(model, x, t, y), rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, t, y), out, rtol=1e-12, atol=1e-12)
     assert model.layers == [(0, 1), (2,), (3, 4)]
     assert [n for n in model.state_dict() if "merges" in n] == [
         "merges.0.weight", "merges.0.bias", "merges.3.weight", "merges.3.bias",
@@ -59,6 +61,9 @@ def test_model_of_pairs_equals_its_definition():
     assert model.merges["0"].weight.shape == (WIDTH, 2 * WIDTH)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x, t, y), out)
+    neighbours = tiny(depth=6, pairs=((1, 2), (3, 4)))
+    out = neighbours(x, t, y)
+    torch.testing.assert_close(out, by_definition(neighbours, x, t, y), rtol=1e-12, atol=1e-12)
 
 
 def test_a_merge_starts_as_the_sum():
