@@ -135,7 +135,7 @@ def run_pair(
         [B,T,D] each: x with `before`, and the change.
     """
     if isinstance(merge, PairChoice):
-        x = add(x, before)
+        x = x if before is None else add(x, before)
         in_sequence = second(first(x, c), c) - x
         a, b = (partial(block, x, c, apart=True) for block in merge.parallel(first, second))
         (_, one), (_, other) = beside(a, b, x.device)

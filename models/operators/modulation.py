@@ -33,10 +33,8 @@ class Modulated(nn.Module):
         self.width, self.path = width, "torch"
 
 
-def add(x: torch.Tensor, addend: Addend | None) -> torch.Tensor:
-    """x + gate * branch; x where there is none."""
-    if addend is None:
-        return x
+def add(x: torch.Tensor, addend: Addend) -> torch.Tensor:
+    """x + gate * branch"""
     branch, gate = addend
     return x + gate.unsqueeze(1) * branch
 
@@ -72,7 +70,8 @@ def add_norm_modulate(
         if branch is None:
             return x, fused_norm_modulate(x, shift, scale)
         return fused_add_norm_modulate(x, branch, gate, shift, scale)
-    x = add(x, None if branch is None else (branch, gate))
+    if branch is not None:
+        x = add(x, (branch, gate))
     return x, modulate(norm(x), shift, scale)
 
 
