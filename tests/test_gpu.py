@@ -19,12 +19,11 @@ import yaml
 from test_prune import FORMS, select_form
 
 from latents.store import open_latents
-from models import streams
+from models import restructure, streams
 from models.dit import DiT, build_dit
 from models.grafting import build_grafted, load_plan
 from models.inference import quicken
 from models.operators import accelerators
-from models.restructure import parallelize
 from training.compilation import compile_models, graphed
 from training.distributed import World
 
@@ -399,7 +398,7 @@ def strong_dit(width=128, depth=3, pairs=(), gain=0.5):
     """
     torch.manual_seed(0)
     model = DiT(input_size=16, hidden_size=width, depth=depth, num_heads=4, num_classes=5)
-    parallelize(model, pairs)
+    restructure.parallelize(model, pairs)
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=gain * parameter.shape[-1] ** -0.5)
