@@ -12,10 +12,18 @@ import torch
 from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import nn
 
-from models.operators.modulation import Modulated, add_norm_modulate, modulate, norm
+from models.operators.modulation import (
+    Addend,
+    Modulated,
+    add,
+    add_norm_modulate,
+    modulate,
+    norm,
+)
 from models.recompute import run_block
-from models.restructure import PairRunner
+from models.restructure import PairEnd, run_pair
 from models.selection import check_keep, run_slot
+from models.streams import ahead
 
 TIMESTEP_FEATURES = 256
 MAX_PERIOD = 10_000
@@ -134,25 +142,30 @@ class DiTBlock(Modulated):
         x: torch.Tensor,
         c: torch.Tensor,
         keep: torch.Tensor | None = None,
-        before: tuple[torch.Tensor, torch.Tensor] | None = None,
+        before: Addend | None = None,
         ended: bool = True,
-    ) -> torch.Tensor | tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        parts: torch.Tensor | None = None,
+        apart: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, Addend] | tuple[torch.Tensor, tuple[Addend, Addend]]:
         """x [B,T,D], condition c [B,D], this block's keep (see DiT.forward) -> [B,T,D]
 
         So that the sum which ends a block can be taken together with the norm that begins the next:
         with `ended` False -> x without what the MLP adds, and that: its output [B,T,D] and its gate
         [B,D], which the next block takes as `before`.
+
+        parts: what `adaLN_modulation` gives for c, where that is there already. apart: -> x with
+        `before` and nothing more, and what `attn` and `mlp` add.
         """
-        parts = self.adaLN_modulation(c).chunk(6, dim=1)
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = parts
+        parts = self.adaLN_modulation(c) if parts is None else parts
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = parts.chunk(6, dim=1)
         branch, gate = (None, None) if before is None else before
         x, h = add_norm_modulate(x, branch, gate, shift_attn, scale_attn, self.path)
         branch = run_slot(self.attn, h, keep)
-        x, h = add_norm_modulate(x, branch, gate_attn, shift_mlp, scale_mlp, self.path)
-        branch = run_slot(self.mlp, h, keep)
-        if not ended:
-            return x, (branch, gate_mlp)
-        return x + gate_mlp.unsqueeze(1) * branch
+        y, h = add_norm_modulate(x, branch, gate_attn, shift_mlp, scale_mlp, self.path)
+        last = run_slot(self.mlp, h, keep), gate_mlp
+        if apart:
+            return x, ((branch, gate_attn), last)
+        return add(y, last) if ended else (y, last)
 
 
 class FinalLayer(nn.Module):
@@ -219,7 +232,7 @@ class DiT(nn.Module):
             DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)
         )
         self.merges = nn.ModuleDict()  # of parallel pairs, by their first block
-        self.run_pair = PairRunner()
+        self.end_pair = PairEnd()
         self.recomputes = False  # models/recompute.py
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.reset_parameters()
@@ -283,17 +296,23 @@ class DiT(nn.Module):
             shares = [None] * len(self.blocks)
         else:
             shares = keep.unbind(-1 if keep.ndim < 3 else 1)  # 0-d, [B], or [B, 1 + variants]
-        layers, before = self.layers, None
-        for layer, after in zip(layers, [*layers[1:], ()], strict=True):
+        parts = [None] * len(self.blocks)
+        if not torch.is_grad_enabled():  # they wait for c alone, and no block need wait for them
+            parts = ahead([partial(block.adaLN_modulation, c) for block in self.blocks], x.device)
+        one = torch.ones_like(c) if self.merges else None  # the gate of what a pair adds
+        parts, layers, before = iter(parts), self.layers, None
+        for layer in layers:
             held = [self.blocks[i] for i in layer]
+            ended = hidden is not None or layer is layers[-1]
             if len(layer) == 1:
-                ended = hidden is not None or len(after) != 1
-                x = run_block(self, held[0], x, c, shares[layer[0]], before, ended)
-                x, before = (x, None) if ended else x
+                given = (shares[layer[0]], before, ended, next(parts))
+                x = run_block(self, held[0], x, c, *given)
             else:
-                merge = self.merges[str(layer[0])]
-                pair = (*held, merge, [shares[i] for i in layer])
-                x = x + run_block(self, self.run_pair, x, c, *pair)
+                merge, keeps = self.merges[str(layer[0])], [shares[i] for i in layer]
+                given = (merge, keeps, before, [next(parts) for _ in layer], self.end_pair)
+                x, change = run_block(self, run_pair, x, c, *held, *given)
+                x = x + change if ended else (x, (change, one))
+            x, before = (x, None) if ended else x
             if hidden is not None:
                 hidden.append(x)
         return x, c
@@ -317,8 +336,9 @@ class DiT(nn.Module):
 
     def regions(self) -> list[nn.Module]:
         """The parts that torch.compile takes one by one."""
-        alone = [self.blocks[layer[0]] for layer in self.layers if len(layer) == 1]
-        return [*alone, self.run_pair, self.t_embedder, self.final_layer]
+        blocks = [module for module in self.modules() if isinstance(module, DiTBlock)]
+        modulations = [block.adaLN_modulation for block in blocks]
+        return [*blocks, *modulations, self.end_pair, self.t_embedder, self.final_layer]
 
     def forward_with_cfg(
         self,

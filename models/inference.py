@@ -6,9 +6,6 @@ import torch
 from timm.models.vision_transformer import Mlp
 from torch import nn
 
-from models.operators.stacked import lay_side_by_side, obstacle
-from models.weights import SLOTS
-
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = torch.finfo(FLOAT8).max
 FLOAT8_MULTIPLE = 16  # of widths, as the product needs it
@@ -19,36 +16,27 @@ def quicken(model: nn.Module, dtype: torch.dtype, float8: bool = False) -> None:
 
     The weights of matrix products and patches are stored in `dtype`; autocast would cast them at
     every call, to the same numbers. Norms, tables, scans and their parameters stay as they are.
-    The weights of parallel pairs come to lie side by side. On CUDA in bf16 the MLPs' GELU becomes a
-    part of the product before it.
+    On CUDA in bf16 the MLPs' GELU becomes a part of the product before it.
 
     float8: the products in both slots of all blocks take 8-bit floats, see `Float8Linear`.
 
     Raises:
-        ValueError: float8 where there is none, or with parallel pairs.
+        ValueError: float8 where there is none.
     """
     for layer in model.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             layer.to(dtype)
-    for first in map(int, model.merges):
-        pair = model.blocks[first], model.blocks[first + 1]
-        lay_side_by_side(*(block.adaLN_modulation for block in pair))
-        for slot in SLOTS.values():
-            operators = [getattr(block, slot) for block in pair]
-            if not obstacle(*operators):
-                lay_side_by_side(*operators)
     device = next(model.parameters()).device
-    alone = [model.blocks[layer[0]] for layer in model.layers if len(layer) == 1]
     if float8:
-        _check_float8(device, dtype, len(alone) == len(model.layers))
-        for block in alone:
+        _check_float8(device, dtype)
+        for block in model.blocks:
             gelu = isinstance(block.mlp, Mlp) and _is_tanh_gelu(block.mlp.act)
             _to_float8(block.attn)
             _to_float8(block.mlp)
             if gelu and isinstance(block.mlp.fc2, Float8Linear):
                 block.mlp.act, block.mlp.fc2.gelu = nn.Identity(), True
     elif device.type == "cuda" and dtype == torch.bfloat16:
-        for block in alone:
+        for block in model.blocks:
             if isinstance(block.mlp, Mlp) and _is_tanh_gelu(block.mlp.act):
                 block.mlp.fc1 = GeluLinear(block.mlp.fc1)
                 block.mlp.act = nn.Identity()
@@ -156,13 +144,11 @@ def has_float8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def _check_float8(device: torch.device, dtype: torch.dtype, no_pairs: bool) -> None:
+def _check_float8(device: torch.device, dtype: torch.dtype) -> None:
     if not has_float8(device):
         raise ValueError("--fp8: needs an Ada or Hopper GPU or a newer one; leave it out")
     if dtype != torch.bfloat16:
         raise ValueError("--fp8: its results are bf16; leave out --precision fp32, or --fp8")
-    if not no_pairs:
-        raise ValueError("--fp8: parallel pairs stack weights, which 8-bit ones are not made for")
 
 
 def _to_float8(slot: nn.Module) -> None:

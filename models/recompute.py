@@ -4,6 +4,8 @@ Gradient checkpointing (arXiv 1604.06174): of each block only the input stays in
 activations of one block at a time; the price is a second forward pass.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -25,10 +27,10 @@ def recompute(model: nn.Module) -> None:
     model.recomputes = True
 
 
-def run_block(model: nn.Module, block: nn.Module, *inputs) -> torch.Tensor:
+def run_block(model: nn.Module, block: Callable, *inputs) -> torch.Tensor:
     """block(*inputs), again in the backward pass where `recompute` was asked for.
 
-    block: what `model.regions()` has of blocks, compiled or not.
+    block: a block of the model, compiled or not, or `run_pair`.
     """
     if not (model.recomputes and torch.is_grad_enabled()):
         return block(*inputs)

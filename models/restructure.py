@@ -13,19 +13,15 @@ While the gates learn which pairs become parallel (models/selection.py), a PairC
 merge, and both ways to run the two blocks are computed and mixed.
 """
 
-import logging
-from collections import defaultdict
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
-from models.operators.modulation import norm
-from models.operators.stacked import linear_both, obstacle, run_both
-from models.selection import PairChoice, mix, run_slot
-
-logger = logging.getLogger(__name__)
+from models.operators.modulation import Addend, add
+from models.selection import PairChoice, mix
+from models.streams import beside
 
 Pair = tuple[int, int]
 MERGES = "merges."  # how the names of the merges' tensors begin
@@ -66,8 +62,7 @@ def check_pairs(pairs: Sequence, depth: int) -> tuple[Pair, ...]:
 def parallelize(model: nn.Module, pairs: Sequence[Pair]) -> nn.Module:
     """Makes these pairs of a DiT's blocks parallel, in place, after their operators are grafted.
 
-    The merges start as the sum, in float32 on PyTorch's default device. Says once, by a warning,
-    which slots take two passes because their operators cannot run as one.
+    The merges start as the sum, in float32 on PyTorch's default device.
 
     Raises:
         ValueError: as `check_pairs`, pairs that the model already has among them.
@@ -76,8 +71,6 @@ def parallelize(model: nn.Module, pairs: Sequence[Pair]) -> nn.Module:
     check_pairs([*there, *pairs], len(model.blocks))
     for first, _ in pairs:
         model.merges[str(first)] = new_merge(model.hidden_size)
-    for line in two_passes(model):
-        _warn_once(line)
     return model
 
 
@@ -90,59 +83,75 @@ def new_merge(width: int) -> nn.Linear:
     return merge
 
 
-def pair_change(
+def pair_end(
+    addends: Sequence[tuple[Addend, Addend]],
+    merge: nn.Linear,
+    keep: torch.Tensor | None = None,
+    sequence: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """W [F_a; F_b] + b of what the operators of both blocks add -> [B,T,D]
+
+    sequence: what the blocks add one after the other [B,T,D], which `keep` mixes with it.
+    """
+    changes = [
+        gate_attn.unsqueeze(1) * attn + gate_mlp.unsqueeze(1) * mlp
+        for (attn, gate_attn), (mlp, gate_mlp) in addends
+    ]
+    joined = merge(torch.cat(changes, dim=-1))  # B T 2D -> B T D
+    return joined if sequence is None else mix(sequence, joined, keep)
+
+
+class PairEnd(nn.Module):
+    """`pair_end` as a module without tensors of its own, so that it can be compiled in place."""
+
+    def forward(self, *inputs) -> torch.Tensor:
+        return pair_end(*inputs)
+
+
+def run_pair(
     x: torch.Tensor,
     c: torch.Tensor,
     first: nn.Module,
     second: nn.Module,
     merge: nn.Linear | PairChoice,
     shares: Sequence[torch.Tensor | None] = (None, None),
-) -> torch.Tensor:
-    """What a parallel pair adds to its input: W [F_a; F_b] + b, both branches at once.
+    before: Addend | None = None,
+    parts: Sequence[torch.Tensor | None] = (None, None),
+    end: Callable[..., torch.Tensor] = pair_end,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What enters a parallel pair, and what the pair adds to it: W [F_a; F_b] + b.
 
     Args:
         x: tokens [B,T,D].
         c: condition [B,D].
-        first, second: DiTBlocks; operators that cannot run as one run one after the other.
+        first, second: DiTBlocks.
         merge: W and b, or the open choice between W [F_a; F_b] + b and the blocks in sequence.
         shares: the keep of each block, see `DiT.forward`.
+        before: what is still to be added to x, see `DiTBlock.forward`.
+        parts: what the blocks' `adaLN_modulation` gives, where that is there already.
+        end: `pair_end`, or the same compiled.
 
     Returns:
-        [B,T,D].
+        [B,T,D] each: x with `before`, and the change.
     """
     if isinstance(merge, PairChoice):
-        at_once = pair_change(x, c, *merge.parallel(first, second), merge.merge)
-        return mix(second(first(x, c), c) - x, at_once, shares[0])
-    silu, linear = first.adaLN_modulation
-    condition = silu(c).expand(2, -1, -1)  # 2 B D
-    parts = linear_both(linear, second.adaLN_modulation[1], condition).unsqueeze(2)
-    shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = parts.chunk(6, dim=-1)
-    h = norm(x) * (1 + scale_attn) + shift_attn  # 2 B T D
-    change = gate_attn * _slots(first.attn, second.attn, h, shares)
-    h = norm(x + change) * (1 + scale_mlp) + shift_mlp
-    change = change + gate_mlp * _slots(first.mlp, second.mlp, h, shares)
-    return merge(change.permute(1, 2, 0, 3).flatten(2))  # B T 2D -> B T D
-
-
-class PairRunner(nn.Module):
-    """`pair_change` as a module without tensors of its own, so that it can be compiled in place."""
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        c: torch.Tensor,
-        first: nn.Module,
-        second: nn.Module,
-        merge: nn.Module,
-        shares: Sequence[torch.Tensor | None] = (None, None),
-    ) -> torch.Tensor:
-        return pair_change(x, c, first, second, merge, shares)
+        x = x if before is None else add(x, before)
+        in_sequence = second(first(x, c), c) - x
+        a, b = (partial(block, x, c, apart=True) for block in merge.parallel(first, second))
+        (_, one), (_, other) = beside(a, b, x.device)
+        return x, end((one, other), merge.merge, shares[0], in_sequence)
+    a, b = (
+        partial(block, x, c, keep, before, parts=part, apart=True)
+        for block, keep, part in zip((first, second), shares, parts, strict=True)
+    )
+    (x, one), (_, other) = beside(a, b, x.device)
+    return x, end((one, other), merge)
 
 
 class ParallelPair(nn.Module):
     """One pair outside its model, for distillation: tokens [B,T,D], condition [B,D] -> [B,T,D].
 
-    Gives `pair_change`. Its tensors are named as in the whole model.
+    Gives what the pair adds to the tokens. Its tensors are named as in the whole model.
     """
 
     def __init__(self, model: nn.Module, pair: Pair):
@@ -152,32 +161,4 @@ class ParallelPair(nn.Module):
         self.merges = nn.ModuleDict({str(pair[0]): model.merges[str(pair[0])]})
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        return pair_change(x, c, *self.blocks.values(), self.merges[str(self.pair[0])])
-
-
-def _slots(
-    first: nn.Module, second: nn.Module, h: torch.Tensor, shares: Sequence[torch.Tensor | None]
-) -> torch.Tensor:
-    """The two operators of a slot, each on its own input: [2,B,T,D] -> [2,B,T,D]"""
-    if not obstacle(first, second):
-        return run_both(first, second, h)
-    return torch.stack([run_slot(first, h[0], shares[0]), run_slot(second, h[1], shares[1])])
-
-
-def two_passes(model: nn.Module) -> list[str]:
-    """Which slots of a model's pairs run one operator after the other, and why; for logs."""
-    found: dict[str, list[str]] = defaultdict(list)
-    for first in map(int, model.merges):
-        for slot in ("attn", "mlp"):
-            operators = (getattr(model.blocks[block], slot) for block in (first, first + 1))
-            if reason := obstacle(*operators):
-                found[f"in their {slot}, one after the other: {reason}"].append(
-                    f"{first}+{first + 1}"
-                )
-    return [f"parallel pairs {', '.join(pairs)} run {how}" for how, pairs in found.items()]
-
-
-@cache
-def _warn_once(line: str) -> None:
-    """Once a process; a warning, as only these show where nobody has set up logging."""
-    logger.warning("%s", line)
+        return run_pair(x, c, *self.blocks.values(), self.merges[str(self.pair[0])])[1]

@@ -95,7 +95,7 @@ class PairChoice(nn.Module):
     """What `DiT.merges` holds of a pair of blocks while it is open whether they run in parallel.
 
     merge: the pair's linear map. blocks: both blocks as the parallel pair has them, by their index,
-    where it has its own; without, it shares those that run in sequence. `pair_change` of
+    where it has its own; without, it shares those that run in sequence. `run_pair` of
     models/restructure.py runs it; keep of the pair's first block is 1 in sequence, 0 in parallel.
     """
 

@@ -23,13 +23,45 @@ for rows in (2, 64):
 """
 
 
-def test_kernels_agree_with_pytorch():
-    """Forward and backward, with and without a branch, over rows that do not fill a program."""
+MODEL = """
+import sys
+import torch
+sys.path.insert(0, "tests")
+from restructured import inputs, tiny
+
+found = []
+for path in ("torch", "triton"):
+    model = tiny(depth=5, pairs=((0, 1), (2, 3))).float()
+    for block in model.blocks:
+        block.path = path
+    x, t, y = inputs()
+    out = model(x.float(), t, y)
+    out.square().sum().backward()
+    with torch.no_grad():
+        assert torch.equal(model(x.float(), t, y), out)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    found.append([out.detach(), *gradients])
+for exact, mine in zip(*found, strict=True):
+    assert (mine - exact).norm() <= 1e-5 * exact.norm()
+"""
+
+
+def interpreted(script):
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-c", CHECK]
+    command = [sys.executable, "-c", script]
     folder = Path(__file__).resolve().parent.parent
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_kernels_agree_with_pytorch():
+    """Forward and backward, with and without a branch, over rows that do not fill a program."""
+    interpreted(CHECK)
+
+
+def test_a_model_of_pairs_is_the_same_on_the_kernels():
+    """Pairs beside each other and before a block alone, forward and backward."""
+    interpreted(MODEL)
 
 
 def test_kernels_say_where_they_do_not_serve():

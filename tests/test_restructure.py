@@ -1,24 +1,23 @@
 """Parallel pairs: their definition, both ways to run them, what they load, learn and refuse."""
 
 import copy
-import logging
+from functools import partial
 
 import pytest
 import torch
 import yaml
 from entries import REPOSITORY
-from restructured import TOKENS, WIDTH, enter, fill, inputs, plan_file, scramble, some, tiny
+from restructured import WIDTH, enter, fill, inputs, plan_file, scramble, some, tiny
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import distill_operators
 import finetune_tinyfusion
 import sample_ddp_finetuned
-from models import costs, restructure
+from models import costs
 from models.dit import PRESETS, build_dit
 from models.grafting import build_grafted, load_plan, load_trained
 from models.operators import build_operator
-from models.operators.stacked import obstacle, run_both
 from models.plan import differences, write_plan
 from models.restructure import ParallelPair, all_pairs, parallelize
 from models.selection import GraftPair
@@ -45,15 +44,6 @@ def by_definition(model, x, t, y):
     return model.unpatchify(model.final_layer(x, c))
 
 
-def operator(name, **config):
-    sizes = {
-        "mha": {"dim": WIDTH, "num_heads": 4},
-        "swa": {"embed_dim": WIDTH, "num_heads": 4},
-        "mlp_hyena_x": {"d_model": WIDTH, "l_max": TOKENS},
-    }
-    return build_operator(name, **{**sizes.get(name, {"d_model": WIDTH}), **config})
-
-
 # -- the definition --------------------------------------------------------------
 
 
@@ -62,6 +52,8 @@ def test_model_of_pairs_equals_its_definition():
     x, t, y = inputs()
     out = model(x, t, y)
     torch.testing.assert_close(out, by_definition(model, x, t, y), rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, t, y), out, rtol=1e-12, atol=1e-12)
     assert model.layers == [(0, 1), (2,), (3, 4)]
     assert [n for n in model.state_dict() if "merges" in n] == [
         "merges.0.weight", "merges.0.bias", "merges.3.weight", "merges.3.bias",
@@ -69,6 +61,9 @@ def test_model_of_pairs_equals_its_definition():
     assert model.merges["0"].weight.shape == (WIDTH, 2 * WIDTH)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x, t, y), out)
+    neighbours = tiny(depth=6, pairs=((1, 2), (3, 4)))
+    out = neighbours(x, t, y)
+    torch.testing.assert_close(out, by_definition(neighbours, x, t, y), rtol=1e-12, atol=1e-12)
 
 
 def test_a_merge_starts_as_the_sum():
@@ -81,72 +76,26 @@ def test_a_merge_starts_as_the_sum():
     torch.testing.assert_close(found, first + second, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "name, config",
-    [
-        ("mha", {}),
-        ("mha", {"qkv_bias": False}),
-        ("swa", {"window_size": (2, 1)}),
-        ("mlp", {"expansion_ratio": 3}),
-        ("hyena_se", {}),
-        ("hyena_x", {}),
-        ("hyena_y", {}),
-        ("mlp_hyena_x", {}),
-    ],
-)
-def test_stacked_equals_two_passes(name, config):
-    torch.manual_seed(0)
-    first, second = (scramble(operator(name, **config).double()) for _ in range(2))
-    assert obstacle(first, second) == ""
-    x = torch.randn(2, 3, TOKENS, WIDTH, dtype=torch.float64, requires_grad=True)
-    weights = torch.randn_like(x)
-    both = run_both(first, second, x)
-    apart = torch.stack([first(x[0]), second(x[1])])
-    torch.testing.assert_close(both, apart, rtol=1e-12, atol=1e-12)
-    parameters = [x, *first.parameters(), *second.parameters()]
-    found, wanted = (torch.autograd.grad((y * weights).sum(), parameters) for y in (both, apart))
-    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
-
-
-def test_whole_model_is_the_same_in_two_passes(monkeypatch):
-    model, given = tiny(), inputs()
-    stacked = model(*given)
-    monkeypatch.setattr(restructure, "obstacle", lambda first, second: "told so")
-    torch.testing.assert_close(model(*given), stacked, rtol=1e-12, atol=1e-12)
-
-
-def test_unlike_operators_take_two_passes_and_say_so_once(caplog):
-    swa = {"embed_dim": WIDTH, "num_heads": 4}
+def test_pairs_of_unlike_operators_equal_their_definition():
     mamba = {"d_model": WIDTH, "d_state": 8, "headdim": 8}
-    operators = [(0, "attn", "swa", swa)]
+    operators = [(0, "attn", "swa", {"embed_dim": WIDTH, "num_heads": 4})]
     operators += [(block, "attn", "mamba2", mamba) for block in (3, 4)]
     operators += [(4, "mlp", "mlp", {"d_model": WIDTH, "expansion_ratio": 3})]
-    restructure._warn_once.cache_clear()
-    with caplog.at_level(logging.WARNING):
-        model = tiny(operators=operators)
-        tiny(operators=operators)
-    assert [record.message for record in caplog.records] == [
-        "parallel pairs 0+1 run in their attn, one after the other: SlidingWindowAttention beside "
-        "Attention",
-        "parallel pairs 3+4 run in their attn, one after the other: Mamba2 has no stacked form",
-        "parallel pairs 3+4 run in their mlp, one after the other: Mlp of other settings",
-    ]
-    given = inputs()
+    model, given = tiny(operators=operators), inputs()
     expected = by_definition(model, *given)
     torch.testing.assert_close(model(*given), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_what_is_more_than_an_operator_takes_two_passes():
-    first, second = operator("mha"), operator("mha")
-    other = operator("mha", num_heads=2)
-    assert obstacle(first, other) == "Attention of other settings"
-    assert obstacle(*(operator("swa", window_size=(w, w)) for w in (1, 2)))
-    hook = second.register_forward_hook(lambda *_: None)
-    assert obstacle(first, second) == "Attention is watched by hooks"
-    hook.remove()
-    assert obstacle(first, second) == ""
-    pairs = [GraftPair(first, second), GraftPair(first, other)]
-    assert "no stacked form" in obstacle(*pairs)
+def test_gradients_of_pairs_are_those_of_their_definition():
+    model, given = tiny(), inputs()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    found, wanted = (
+        torch.autograd.grad(run(*given).square().sum(), parameters, materialize_grads=True)
+        for run in (model, partial(by_definition, model))
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    # the table of labels apart, whose rows are not all drawn, nothing is left out
+    assert all(gradient.any() for gradient in found)
 
 
 def test_low_rank_updates_inside_pairs_count():
@@ -154,7 +103,6 @@ def test_low_rank_updates_inside_pairs_count():
     names = add_lora(model, rank=2, alpha=4)
     assert "blocks.0.attn.qkv" in names and "merges.0" in names
     scramble(model.double())
-    assert obstacle(model.blocks[0].attn, model.blocks[1].attn) == ""
     x, c = model.embed(*given)
     both = torch.cat([block(x, c) - x for block in model.blocks[:2]], dim=-1)
     found = ParallelPair(model, (0, 1))(x, c)
@@ -163,7 +111,7 @@ def test_low_rank_updates_inside_pairs_count():
 
 def test_open_slots_inside_pairs_follow_keep():
     model, given = tiny(), inputs()
-    graft = operator("hyena_y").double()
+    graft = build_operator("hyena_y", d_model=WIDTH).double()
     original = model.blocks[4].attn
     model.blocks[4].attn = GraftPair(original, graft)
     keep = torch.ones(5)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+Addend = tuple[torch.Tensor, torch.Tensor]  # what an operator gave [B,T,D], and its gate [B,D]
+
 EPS = 1e-6
 # Rows that a program of the backward pass sums over: few enough that there are programs for the
 # whole GPU, no more than that the sums of the programs cost little to add.
@@ -29,6 +31,12 @@ class Modulated(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.width, self.path = width, "torch"
+
+
+def add(x: torch.Tensor, addend: Addend) -> torch.Tensor:
+    """x + gate * branch"""
+    branch, gate = addend
+    return x + gate.unsqueeze(1) * branch
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
@@ -63,7 +71,7 @@ def add_norm_modulate(
             return x, fused_norm_modulate(x, shift, scale)[0]
         return fused_add_norm_modulate(x, branch, gate, shift, scale)[:2]
     if branch is not None:
-        x = x + gate.unsqueeze(1) * branch
+        x = add(x, (branch, gate))
     return x, modulate(norm(x), shift, scale)
 
 
