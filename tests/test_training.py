@@ -6,6 +6,7 @@ import math
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 from argparse import Namespace
@@ -506,3 +507,39 @@ def test_parts_of_a_batch_reduce_gradients_once():
         ValueError, match="by the 2 processes x --grad-accum 4; use a multiple of 8"
     ):
         LatentLoader(None, 12, distributed.World(0, 0, 2, CPU.device), 0, grad_accum=4)
+
+
+WATCHED = """
+import time
+import torch
+from training import compilation
+from training.distributed import World
+
+class Event:
+    ended = True
+    def record(self):
+        pass
+    def query(self):
+        return Event.ended
+
+torch.cuda.Event = Event
+compilation.WATCH_SECONDS = 0.05
+watch = compilation.Watch(World(3, 3, 4, torch.device("cuda", 3)), minutes=0.01)
+watch.begun()
+time.sleep(1.0)
+print("steps that end are let be", flush=True)
+Event.ended = False
+watch.begun()
+time.sleep(60)
+"""
+
+
+def test_a_step_that_waits_in_vain_ends_its_process():
+    """What watches a step's CUDA graph, with an event made up for the device's."""
+    command = [sys.executable, "-c", WATCHED]
+    result = subprocess.run(
+        command, cwd=distributed.REPOSITORY, capture_output=True, text=True, timeout=50
+    )
+    assert result.returncode == 1
+    assert result.stdout == "steps that end are let be\n"
+    assert result.stderr.startswith("error (rank 3): a step has not ended within 0.01 minutes")
