@@ -102,29 +102,36 @@ def write_plans(key: str, args: argparse.Namespace) -> None:
             (folder / f"{start}-{percent}.yaml").write_text(yaml.safe_dump(content))
 
 
-def distill(key: str, seed: int, args: argparse.Namespace, gpu: int) -> None:
+def distill(key: str, seed: int, args: argparse.Namespace) -> None:
     """Stage 1 of one operator into all blocks; and the YAML of each plan that starts from it."""
     name, loss = key.rsplit("-", 1)
     slot = OPERATORS[name][0]
     folder = args.work / "plans" / key
     flags = ["--loss-mha" if slot == "mha" else "--loss-mlp", loss]
-    path = testbed.distill(folder / "all.yaml", f"{key}-{seed}", seed, args, *flags, gpu=gpu)
+    path = testbed.distill(folder / "all.yaml", f"{key}-{seed}", seed, args, *flags)
     for percent, blocks in BLOCKS.items():
         write_plan(load_plan(path), folder / f"distilled-{percent}-{seed}.yaml", {slot: blocks})
 
 
-def make(case: tuple, gpu: int, args: argparse.Namespace) -> dict:
+def stage_one_of(key: str, seed: int, args: argparse.Namespace) -> Path:
+    """The YAML that `distill` makes."""
+    return args.work / "runs" / f"distill-{key}-{seed}-DiT-Mini-2" / "distilled.yaml"
+
+
+def make(case: tuple, args: argparse.Namespace) -> dict:
     """One case; its result as plain data."""
     key, percent, start, training, seed = case
     name = "-".join(map(str, case))
-    suffix = f"-{seed}" if start == "distilled" else ""
+    suffix, operators = "", None
+    if start == "distilled":
+        suffix, operators = f"-{seed}", testbed.fingerprint(stage_one_of(key, seed, args))
     plan = args.work / "plans" / key / f"{start}-{percent}{suffix}.yaml"
     weights = ["--allow-untrained"]
     if training == "none":
-        losses = testbed.losses(plan, name, seed, args, gpu=gpu)
+        losses = testbed.losses(plan, name, seed, args)
     else:
         flags = ["--distill"] if training == "kd" else []
-        checkpoint, losses = testbed.finetune(plan, name, seed, args, *flags, gpu=gpu)
+        checkpoint, losses = testbed.finetune(plan, name, seed, args, *flags)
         weights = ["--graft-fusion-ckpt-path", checkpoint]
     return {
         "distillation": key,
@@ -132,8 +139,9 @@ def make(case: tuple, gpu: int, args: argparse.Namespace) -> dict:
         "start": start,
         "training": training,
         "seed": seed,
+        "operators": operators,
         **losses,
-        **testbed.score(plan, name, seed, args, *weights, gpu=gpu),
+        **testbed.score(plan, name, seed, args, *weights),
     }
 
 
@@ -151,7 +159,7 @@ def run(args: argparse.Namespace) -> None:
     names = ("steps", "distill_steps", "batch", "num_samples", "train_flags")
     testbed.run_cases(
         wanted,
-        lambda case, gpu: make(case, gpu, args),
+        lambda case: make(case, args),
         lambda case: stage_one[case[0], case[4]] if case[2] == "distilled" else (),
         args,
         {name: getattr(args, name) for name in names},
@@ -160,7 +168,7 @@ def run(args: argparse.Namespace) -> None:
 
 def report(args: argparse.Namespace) -> None:
     groups = defaultdict(list)
-    records = testbed.results(args.results)
+    records = testbed.results(args.results, "distillation", "seed")
     for record in records:
         keys = ("distillation", "percent", "start", "training")
         groups[tuple(record[key] for key in keys)].append(record)

@@ -46,6 +46,7 @@ from training import arguments, distributed
 RESULTS = REPOSITORY / "docs" / "results" / "restructuring"
 STARTS = ("sequential", "sum", "distilled", "dropped")
 HALVES = ("half-learned", "half-interleaved", "half-random")
+TAUGHT = ("distilled", *HALVES)  # those that begin with the operators of Stage 1
 TRAININGS = {"none": "as it starts", "finetune": "finetuned"}
 HALF = "DiT-Mini-D14/2"
 
@@ -82,14 +83,14 @@ def write_plans(folder: Path) -> None:
         (folder / f"{start}.yaml").write_text(yaml.safe_dump(content))
 
 
-def distill(seed: int, args: argparse.Namespace, gpu: int) -> None:
+def distill(seed: int, args: argparse.Namespace) -> None:
     """Stage 1 of the pairs."""
     plan = args.work / "plans" / "sum.yaml"
-    testbed.distill(plan, f"pairs-{seed}", seed, args, "--lr", args.distill_lr, gpu=gpu)
+    testbed.distill(plan, f"pairs-{seed}", seed, args, "--lr", args.distill_lr)
 
 
 def choose(
-    half: str, distilled: Path, seed: int, gpu: int, args: argparse.Namespace
+    half: str, distilled: Path, seed: int, args: argparse.Namespace
 ) -> tuple[Path, dict | None]:
     """The YAML of a plan with half of the distilled pairs, and the gates' answer where they chose
     them."""
@@ -100,7 +101,6 @@ def choose(
             "prune_by_learning.py", "--config", distilled, *testbed.data_flags(args, seed),
             "--prefix", f"{half}-{seed}", "--delta-w", "--lora", "--lr", 3e-4, "--gate-lr", 3e-3,
             "--max-steps", args.selection_steps, "--ema-decay", 0.99, *args.selection_flags,
-            gpu=gpu,
         )  # fmt: skip
         run = args.work / "runs" / f"{half}-{seed}-DiT-Mini-2"
         return run / "selected.yaml", read_json(run / "selection.json", "rerun")
@@ -113,7 +113,7 @@ def choose(
     return path, None
 
 
-def make(case: tuple[str, str, int], gpu: int, args: argparse.Namespace) -> dict:
+def make(case: tuple[str, str, int], args: argparse.Namespace) -> dict:
     """One case; its result as plain data."""
     start, training, seed = case
     name, weights, answer = "-".join(map(str, case)), [], None
@@ -122,24 +122,25 @@ def make(case: tuple[str, str, int], gpu: int, args: argparse.Namespace) -> dict
     if start == "distilled":
         plan = distilled
     elif start in HALVES:
-        plan, answer = choose(start, distilled, seed, gpu, args)
+        plan, answer = choose(start, distilled, seed, args)
     if training == "none":
-        losses = testbed.losses(plan, name, seed, args, gpu=gpu)
+        losses = testbed.losses(plan, name, seed, args)
     else:
-        checkpoint, losses = testbed.finetune(plan, name, seed, args, gpu=gpu)
+        checkpoint, losses = testbed.finetune(plan, name, seed, args)
         weights = ["--graft-fusion-ckpt-path", checkpoint]
     model = costs.model_cost(load_plan(plan))
     return {
         "start": start,
         "training": training,
         "seed": seed,
+        "operators": testbed.fingerprint(distilled) if start in TAUGHT else None,
         "layers": len(costs.meta_model(load_plan(plan)).layers),
         "pairs": [list(pair) for pair in load_plan(plan).parallel_pairs],
         "confidence": answer and [group["confidence"] for group in answer["groups"]],
         "parameters": model.parameters,
         "gmac": model.work.multiply_adds / 1e9,
         **losses,
-        **testbed.score(plan, name, seed, args, *weights, gpu=gpu),
+        **testbed.score(plan, name, seed, args, *weights),
     }
 
 
@@ -153,8 +154,8 @@ def run(args: argparse.Namespace) -> None:
     names += ("batch", "num_samples", "train_flags")
     testbed.run_cases(
         wanted,
-        lambda case, gpu: make(case, gpu, args),
-        lambda case: stage_one[case[2]] if case[0] in ("distilled", *HALVES) else (),
+        lambda case: make(case, args),
+        lambda case: stage_one[case[2]] if case[0] in TAUGHT else (),
         args,
         {name: getattr(args, name) for name in names},
     )
@@ -162,7 +163,7 @@ def run(args: argparse.Namespace) -> None:
 
 def report(args: argparse.Namespace) -> None:
     groups = defaultdict(list)
-    records = testbed.results(args.results)
+    records = testbed.results(args.results, "seed")
     for record in records:
         groups[record["start"], record["training"]].append(record)
     head = testbed.headline(records)

@@ -49,7 +49,7 @@ def configured(operator: str) -> Path:
     return REPOSITORY / f"configs/mini/75p_{operator}.yaml"
 
 
-def prepare(operator: str, args: argparse.Namespace, gpu: int) -> None:
+def prepare(operator: str, args: argparse.Namespace) -> None:
     """Stage 1 for all blocks, the 75 % candidate, and the YAML of every guess, once.
 
     Every plan of the study takes its operators from the same distillation.
@@ -63,7 +63,7 @@ def prepare(operator: str, args: argparse.Namespace, gpu: int) -> None:
     content["sample_config"]["graft_indexes"] = list(range(28))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "100p.yaml").write_text(yaml.safe_dump(content))
-    distilled = testbed.distill(folder / "100p.yaml", operator, 0, args, gpu=gpu)
+    distilled = testbed.distill(folder / "100p.yaml", operator, 0, args)
     entry(
         "scripts/guess_plans.py", "--config", distilled, "--keep", 14, "--out", folder,
         "--locality", args.work / "locality" / "locality.json", "--seeds", *args.seeds,
@@ -72,7 +72,7 @@ def prepare(operator: str, args: argparse.Namespace, gpu: int) -> None:
     write_plan(load_plan(distilled), folder / "distilled.yaml", {})
 
 
-def make(case: tuple[str, str, int], gpu: int, args: argparse.Namespace) -> dict:
+def make(case: tuple[str, str, int], args: argparse.Namespace) -> dict:
     """One case from selection to score; its result as plain data."""
     operator, pattern, seed = case
     name, answer, base = "-".join(map(str, case)), None, []
@@ -84,22 +84,25 @@ def make(case: tuple[str, str, int], gpu: int, args: argparse.Namespace) -> dict
             "prune_by_learning.py", "--config", args.work / "plans" / operator / LEARNED[pattern],
             *testbed.data_flags(args, seed), "--prefix", f"select-{name}", "--delta-w", "--lora",
             "--max-steps", args.selection_steps, "--lr", 3e-4, "--gate-lr", 3e-3,
-            "--ema-decay", 0.99, "--groups", groups, *args.selection_flags, gpu=gpu,
+            "--ema-decay", 0.99, "--groups", groups, *args.selection_flags,
         )  # fmt: skip
         chosen = args.work / "runs" / f"select-{name}-DiT-Mini-2"
         plan, answer = chosen / "selected.yaml", read_json(chosen / "selection.json", "rerun")
     else:
         file = f"random_{seed}" if pattern == "random" else pattern
         plan = args.work / "plans" / operator / f"{file}.yaml"
-    checkpoint, losses = testbed.finetune(plan, name, seed, args, *base, gpu=gpu)
+    checkpoint, losses = testbed.finetune(plan, name, seed, args, *base)
     weights = ["--graft-fusion-ckpt-path", checkpoint]
     return {
         "operator": operator,
         "pattern": pattern,
         "seed": seed,
+        "operators": None
+        if (operator, pattern) == UNGRAFTED
+        else testbed.fingerprint(args.work / "plans" / operator / "distilled.yaml"),
         "grafted": list(load_plan(plan).grafted_blocks("mha")),
         **losses,
-        **testbed.score(plan, name, seed, args, *weights, gpu=gpu),
+        **testbed.score(plan, name, seed, args, *weights),
         "selection": None
         if answer is None
         else {
@@ -132,7 +135,7 @@ def run(args: argparse.Namespace) -> None:
     names += ("train_flags", "selection_flags")
     testbed.run_cases(
         cases,
-        lambda case, gpu: make(case, gpu, args),
+        lambda case: make(case, args),
         lambda case: works.get(case[0], ()),
         args,
         {name: getattr(args, name) for name in names},
@@ -141,7 +144,7 @@ def run(args: argparse.Namespace) -> None:
 
 def report(args: argparse.Namespace) -> None:
     groups = defaultdict(list)
-    records = testbed.results(args.results)
+    records = testbed.results(args.results, "operator")
     for record in records:
         groups[record["operator"], record["pattern"]].append(record)
     operators = sorted({operator for operator, _ in groups} - {UNGRAFTED[0]})

@@ -5,6 +5,8 @@ study that was stopped goes on where it was; cases run side by side, dealt out o
 """
 
 import argparse
+import gc
+import hashlib
 import importlib
 import json
 import multiprocessing
@@ -13,8 +15,13 @@ import shlex
 import statistics
 import sys
 import tempfile
+import time
+import traceback
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import cache
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 import torch
@@ -22,7 +29,7 @@ import torch
 from models.files import read_json, write_json, write_whole
 from models.plan import load_plan
 from models.provenance import environment
-from training import arguments, distributed
+from training import arguments
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BASE = "assets/mini/dit_mini.safetensors"
@@ -36,40 +43,65 @@ PRELOADED += ["extract_features", "distill_operators", "prune_by_learning", "fin
 PRELOADED += ["sample_ddp_finetuned", "evaluate_fid", "scripts.validation_loss"]
 
 
-def entry(*command, threads: int = 1, gpu: int = 0) -> None:
+def entry(*command, threads: int = 1) -> None:
     """Runs an entry of this repository; ValueError with the end of its output where it fails.
 
-    gpu: any number; taken modulo the number of GPUs of the machine.
+    In a process that runs one after the other: what they compile they need not compile again.
     """
-    words = [str(word) for word in command]
-    limits = {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
-    if torch.cuda.device_count() > 1:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        cards = visible.split(",") if visible else range(torch.cuda.device_count())
-        limits["CUDA_VISIBLE_DEVICES"] = str(cards[gpu % len(cards)])
+    if failure := _workers().submit(_work, [str(word) for word in command], threads).result():
+        raise ValueError(failure)
+
+
+@cache
+def _workers() -> ProcessPoolExecutor:
+    """Processes that are begun as they are needed, dealt out over the GPUs."""
     # diffusers asks for a GPU when imported; a process that asks CUDA itself cannot fork any more
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    cards = visible.split(",") if visible else range(torch.cuda.device_count())
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    with tempfile.NamedTemporaryFile("r") as heard:
-        process = context.Process(target=_work, args=(words, limits, heard.name))
-        process.start()
-        process.join()
-        if process.exitcode:
-            raise ValueError(f"{' '.join(words)}\n{heard.read()[-3000:]}")
+    counted = context.Value("i", 0)
+    return ProcessPoolExecutor(None, context, _begin, ([str(card) for card in cards], counted))
 
 
-def _work(words: list[str], limits: dict[str, str], heard: str) -> None:
-    """An entry, in a process of its own."""
-    with open(heard, "wb") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.environ |= limits
+def _begin(cards: list[str], counted: Synchronized) -> None:
+    """A worker's start."""
+    with counted.get_lock():
+        place = counted.value
+        counted.value += 1
+    if cards:
+        os.environ["CUDA_VISIBLE_DEVICES"] = cards[place % len(cards)]
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     os.chdir(REPOSITORY)
-    torch.set_num_threads(int(limits["OMP_NUM_THREADS"]))
+
+
+def _work(words: list[str], threads: int) -> str:
+    """An entry, in a worker -> what it said where it failed, else ""."""
+    torch.set_num_threads(threads)
+    before = [os.dup(number) for number in (1, 2)]
+    failed = False
     sys.argv = words
-    module = importlib.import_module(words[0].removesuffix(".py").replace("/", "."))
-    distributed.run(module.main, module.parse_args())
+    with tempfile.TemporaryFile("w+") as heard:
+        for number in (1, 2):
+            os.dup2(heard.fileno(), number)
+        try:
+            module = importlib.import_module(words[0].removesuffix(".py").replace("/", "."))
+            module.main(module.parse_args())
+        except (Exception, SystemExit):
+            failed = True
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, was in zip((1, 2), before, strict=True):
+                os.dup2(was, number)
+                os.close(was)
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        heard.seek(0)
+        return f"{' '.join(words)}\n{heard.read()[-3000:]}" if failed else ""
 
 
 def encode(work: Path) -> None:
@@ -94,27 +126,33 @@ def data_flags(args: argparse.Namespace, seed: int) -> list:
     return [*flags, "--global-seed", seed, "--log-every", 20, *args.train_flags]
 
 
-def distill(
-    plan: Path, name: str, seed: int, args: argparse.Namespace, *more, gpu: int = 0
-) -> Path:
+def distill(plan: Path, name: str, seed: int, args: argparse.Namespace, *more) -> Path:
     """Stage 1 of a plan; the YAML with its operators."""
     entry(
         "distill_operators.py", "--config", plan, *data_flags(args, seed),
         "--prefix", f"distill-{name}", "--num-samples", 1600, "--val-samples", 104,
         "--max-steps", args.distill_steps, "--lr", 1e-3, "--lr-schedule", "cosine", *more,
-        threads=4, gpu=gpu,
+        threads=4,
     )  # fmt: skip
     return args.work / "runs" / f"distill-{name}-DiT-Mini-2" / "distilled.yaml"
 
 
+def fingerprint(plan: Path) -> str:
+    """The SHA-256, in short, of the files with the operators that Stage 1 gave a plan."""
+    found = hashlib.sha256()
+    for _, path in sorted(load_plan(plan).graft_weights.items()):
+        found.update(Path(path).read_bytes())
+    return found.hexdigest()[:16]
+
+
 def finetune(
-    plan: Path, name: str, seed: int, args: argparse.Namespace, *more, gpu: int = 0
+    plan: Path, name: str, seed: int, args: argparse.Namespace, *more
 ) -> tuple[Path, dict]:
     """Finetunes a plan for `args.steps`; its last checkpoint, and the last value of each metric."""
     entry(
         "finetune_tinyfusion.py", "--config", plan, *data_flags(args, seed),
         "--prefix", f"tune-{name}", "--val-data-path", args.work / "train", args.work / "heldout",
-        "--max-steps", args.steps, "--lr", 3e-4, "--ema-decay", 0.99, *more, gpu=gpu,
+        "--max-steps", args.steps, "--lr", 3e-4, "--ema-decay", 0.99, *more,
     )  # fmt: skip
     model = load_plan(plan).model_name.replace("/", "-")
     folder = args.work / "runs" / f"tune-{name}-{model}"
@@ -124,33 +162,31 @@ def finetune(
     return folder / "checkpoints" / f"{args.steps:07d}.pt", losses
 
 
-def losses(plan: Path, name: str, seed: int, args: argparse.Namespace, gpu: int = 0) -> dict:
+def losses(plan: Path, name: str, seed: int, args: argparse.Namespace) -> dict:
     """The losses that `finetune` gives, of a plan's model as it starts."""
     out = args.work / "losses" / f"{name}.json"
     out.parent.mkdir(exist_ok=True)
     stores = {f"{part}_mse": str(args.work / part) for part in ("train", "heldout")}
     entry(
         "scripts/validation_loss.py", "--config", plan, "--data-path", *stores.values(),
-        "--out", out, "--global-seed", seed, gpu=gpu,
+        "--out", out, "--global-seed", seed,
     )  # fmt: skip
     found = read_json(out, "rerun")
     return {metric: found[store]["mse"] for metric, store in stores.items()}
 
 
-def score(
-    plan: Path, name: str, seed: int, args: argparse.Namespace, *weights, gpu: int = 0
-) -> dict:
+def score(plan: Path, name: str, seed: int, args: argparse.Namespace, *weights) -> dict:
     """Draws `args.num_samples` pictures and measures them against the training pictures."""
     entry(
         "sample_ddp_finetuned.py", "--config", plan, "--sample-dir", args.work / "samples",
         "--folder-name", name, "--num-fid-samples", args.num_samples, "--labels", "balanced",
         "--sampler", "dpm++", "--num-sampling-steps", 20, "--cfg-scale", 1.5,
         "--per-proc-batch-size", min(256, args.num_samples), "--global-seed", seed,
-        "--no-compile", *weights, gpu=gpu,
+        "--no-compile", *weights,
     )  # fmt: skip
     folder = args.work / "samples" / name
     command = ["evaluate_fid.py", args.work / "reference.npz", folder, "--feature-net", "mini"]
-    entry(*command, gpu=gpu)
+    entry(*command)
     return {"fd_mini": read_json(folder / "metrics.json", "rerun")["metrics"]["fd_mini"]}
 
 
@@ -170,8 +206,8 @@ def is_made(path: Path, settings: dict) -> bool:
 
 def run_cases(
     cases: Iterable[tuple],
-    make: Callable[[tuple, int], dict],
-    before: Callable[[tuple], Sequence[Callable[[int], None]]],
+    make: Callable[[tuple], dict],
+    before: Callable[[tuple], Sequence[Callable[[], None]]],
     args: argparse.Namespace,
     settings: dict,
 ) -> None:
@@ -179,9 +215,9 @@ def run_cases(
 
     Args:
         cases: tuples of words and numbers, the names of their results.
-        make: gives a case's result; its second argument is a number for `entry`'s gpu.
-        before: what must be done before a case, `args.jobs` of them at a time, each with a number
-            for `entry`'s gpu; once, where several cases name the same object.
+        make: gives a case's result.
+        before: what must be done before a case, `args.jobs` of them at a time; once, where several
+            cases name the same object.
         settings: what every result of the study shares; written into each.
     """
     args.results.mkdir(parents=True, exist_ok=True)
@@ -189,41 +225,57 @@ def run_cases(
     missing = [n for n in names if not is_made(args.results / f"{n}.json", settings)]
     wanted = dict.fromkeys(work for name in missing for work in before(names[name]))
 
-    def finish(name: str, gpu: int, works: dict[Callable, Future]) -> None:
+    def finish(name: str, works: dict[Callable, Future]) -> None:
         for work in before(names[name]):
             works[work].result()
-        result = make(names[name], gpu) | {"settings": settings, **environment()}
+        began = time.monotonic()
+        result = make(names[name]) | {"seconds": round(time.monotonic() - began, 1)}
+        result |= {"settings": settings, **environment()}
         write_json(args.results / f"{name}.json", result)
         shown = (f"{title} {result[key]:.5f}" for key, title in METRICS.items() if key in result)
         print(f"{name}: {'  '.join(shown)}", flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool, ThreadPoolExecutor(args.jobs) as first:
-        works = {work: first.submit(work, gpu) for gpu, work in enumerate(wanted)}
-        running = [pool.submit(finish, n, gpu, works) for gpu, n in enumerate(missing)]
+        works = {work: first.submit(work) for work in wanted}
+        running = [pool.submit(finish, name, works) for name in missing]
         for future in running:
             future.result()
 
 
-def results(folder: Path) -> list[dict]:
-    """Every result of a study, in the order of their names; ValueError where settings differ."""
+def results(folder: Path, *keys: str) -> list[dict]:
+    """Every result of a study, in the order of their names.
+
+    ValueError where settings differ, or where the `operators` of Stage 1 do among results that have
+    the values of `keys` in common: they would be compared for what differs by chance.
+    """
     records = [read_json(path, "delete it") for path in sorted(folder.glob("*.json"))]
     if not records:
         raise ValueError(f"{folder} holds no results: make them with `run`")
     for record in records[1:]:
         if record["settings"] != records[0]["settings"]:
             raise ValueError(f"{folder}: holds results of studies with different settings")
+    found: dict[tuple, set] = defaultdict(set)
+    for record in records:
+        found[tuple(record[key] for key in keys)].add(record["operators"])
+    for values, operators in found.items():
+        if len(operators - {None}) > 1:
+            raise ValueError(
+                f"{folder}: results of {' '.join(map(str, values))} hold operators of several "
+                "distillations, made with other folders of --work: delete them and make them anew"
+            )
     return records
 
 
 def headline(records: list[dict]) -> str:
     """What all cases of a study had in common, and what made them, for above its tables."""
-    shared = records[0]["settings"]
+    shared, hours = records[0]["settings"], sum(record["seconds"] for record in records) / 3600
     revisions = {str(record["git_revision"]) for record in records}
     short = (r[:8] + "-dirty" * r.endswith("-dirty") for r in sorted(revisions))
     versions = sorted({record["torch"] for record in records})
     return (
         f"{shared['distill_steps']} distillation steps and {shared['steps']} finetuning steps of "
         f"{shared['batch']} images, {shared['num_samples']} samples; mean ± standard deviation. "
+        f"The {len(records)} cases took {hours:.1f} hours of single processes, after Stage 1. "
         f"Made at revision {', '.join(short)} with PyTorch {', '.join(versions)}."
     )
 

@@ -16,6 +16,7 @@ from scripts import (
 
 SETTINGS = {"steps": 5, "distill_steps": 7, "selection_steps": 3, "batch": 2, "num_samples": 9}
 MADE = {"settings": SETTINGS, "git_revision": "0123456789", "torch": "2.11.0"}
+MADE |= {"seconds": 1800.0, "operators": None}
 DEEP, SHALLOW = list(range(14, 28)), list(range(14))
 
 
@@ -230,3 +231,19 @@ def test_pages_of_the_studies_have_their_markers(name):
     text = page.read_text()
     assert text.count(f"<!-- results: written by scripts/{name}_study.py -->") == 1
     assert text.count("<!-- end of results -->") == 1
+
+
+def test_operators_of_two_distillations_are_not_compared(tmp_path):
+    for name, seed, operators in (("a", 0, "one"), ("b", 1, "two"), ("c", 0, None)):
+        write(tmp_path, name, seed=seed, operators=operators)
+    assert len(testbed.results(tmp_path, "seed")) == 3
+    write(tmp_path, "d", seed=1, operators="three")
+    with pytest.raises(ValueError, match="results of 1 hold operators of several distillations"):
+        testbed.results(tmp_path, "seed")
+
+
+def test_a_worker_says_what_a_failed_entry_said_and_goes_on(tmp_path):
+    with pytest.raises(ValueError, match="(?s)sample_ddp_finetuned.py --config .*no such file"):
+        testbed.entry("sample_ddp_finetuned.py", "--config", tmp_path / "nowhere.yaml")
+    testbed.entry("scripts/unpack_mini.py", "--out", tmp_path / "images")
+    assert (tmp_path / "images" / "train").is_dir()
