@@ -19,7 +19,13 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import (
+    FIRST_EXCEPTION,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from functools import cache
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
@@ -27,7 +33,7 @@ from pathlib import Path
 import torch
 
 from models.files import read_json, write_json, write_whole
-from models.plan import load_plan
+from models.plan import find_file, load_plan
 from models.provenance import environment
 from training import arguments
 
@@ -140,8 +146,9 @@ def distill(plan: Path, name: str, seed: int, args: argparse.Namespace, *more) -
 def fingerprint(plan: Path) -> str:
     """The SHA-256, in short, of the files with the operators that Stage 1 gave a plan."""
     found = hashlib.sha256()
-    for _, path in sorted(load_plan(plan).graft_weights.items()):
-        found.update(Path(path).read_bytes())
+    read = load_plan(plan)
+    for _, path in sorted(read.graft_weights.items()):
+        found.update(find_file(path, read.path, "graft_weights").read_bytes())
     return found.hexdigest()[:16]
 
 
@@ -238,7 +245,9 @@ def run_cases(
     with ThreadPoolExecutor(args.jobs) as pool, ThreadPoolExecutor(args.jobs) as first:
         works = {work: first.submit(work) for work in wanted}
         running = [pool.submit(finish, name, works) for name in missing]
-        for future in running:
+        done, _ = wait(running, return_when=FIRST_EXCEPTION)
+        pool.shutdown(wait=False, cancel_futures=True)
+        for future in done:
             future.result()
 
 
