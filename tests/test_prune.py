@@ -78,13 +78,20 @@ def select_form(monkeypatch, folder, model, slot, groups, device):
     ("groups", "kept"),
     [("1:2", 6), ("3:4", 9), ("2:4,1:4,3:4", 6), ("3:6", 6), ("2:12", 2)],
 )
-def test_group_forms_on_another_depth(monkeypatch, folder, groups, kept):
-    slot, operator, config = SWA
-    plan = plan_file(folder, "s", [(slot, operator, list(range(12)), config)])
-    name = groups.replace(":", "").replace(",", "-")
+@pytest.mark.parametrize("swap", [SWA, THIN], ids=["mha", "mlp"])
+def test_group_forms_on_another_depth(monkeypatch, folder, swap, groups, kept):
+    slot, operator, config = swap
+    name = f"{slot}-{groups.replace(':', '').replace(',', '-')}"
+    plan = plan_file(folder, name, [(slot, operator, list(range(12)), config)])
     run, answer = select(monkeypatch, folder, plan, name, "--groups", groups)
-    assert len(answer["kept"]) == kept and answer["slots"] == ["mha"]
-    assert load_plan(run / "selected.yaml").grafted_blocks("mha") == tuple(answer["grafted"])
+    assert len(answer["kept"]) == kept and answer["slots"] == [slot]
+    assert load_plan(run / "selected.yaml").grafted_blocks(slot) == tuple(answer["grafted"])
+
+
+@pytest.mark.parametrize("slot", ["mha", "mlp"])
+@pytest.mark.parametrize("groups", FORMS)
+def test_group_forms_of_the_smallest_model(monkeypatch, folder, slot, groups):
+    select_form(monkeypatch, folder, "DiT-Mini/2", slot, groups, "cpu")
 
 
 @pytest.mark.slow
