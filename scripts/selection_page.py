@@ -146,6 +146,29 @@ def learned_table(operators: Sequence[str], groups: Groups, pinned: Mapping) -> 
     return f"**How sure the gates are** (means over groups):\n\n{testbed.table(columns, rows)}"
 
 
+def variations_table(
+    operators: Sequence[str], groups: Groups, varied: Groups, base: str, told: Mapping[str, str]
+) -> str:
+    """What becomes of the selection `base` when its gates learn otherwise.
+
+    Args:
+        varied: results by (operator, variation).
+        told: the flags of each variation.
+    """
+    rows = []
+    for operator in operators:
+        for name, flags in {base: "", **told}.items():
+            if records := (groups if name == base else varied).get((operator, name)):
+                cells = [testbed.cell(records, metric) for metric in METRICS]
+                confidences = [c for record in records for c in record["selection"]["confidence"]]
+                cells.append(f"{statistics.mean(confidences):.2f}")
+                same = agreement(records, choices(records[0], ()))[0] if len(records) > 1 else "-"
+                rows.append([operator, name, f"`{flags}`" if flags else "", *cells, same])
+    columns = ["operator", "selection", "flags", *METRICS.values(), "confidence"]
+    table = testbed.table([*columns, "same in all seeds"], rows)
+    return f"**{base}, learned otherwise**:\n\n{table}"
+
+
 def choices(record: dict, pinned: Sequence[int]) -> list[tuple[list[int], int, int]]:
     """(blocks in question, their number, how many of them keep attention) of each group."""
     size = DEPTH // len(record["selection"]["confidence"])

@@ -6,10 +6,10 @@ r"""Learned selection against the guesses, on the miniature testbed: raw results
 `run` encodes the testbed's pictures, distills the operator into every block, learns a selection a
 seed with prune_by_learning.py (learned: between the grafts of the 75 % plan, as published;
 learned-any: every block may be grafted; learned-halves: a choice over each half of the model, whose
-budgets are those of low-local), writes the guesses with scripts/guess_plans.py, and gives
-every plan the same finetuning, sampling and scoring by the ordinary entries, and the same to the
-base model without a graft. Each finished case is one small JSON in --results; started again, it
-makes the cases that are missing. `report` turns the JSONs into the tables of docs/selection.md
+budgets are those of low-local; and variations of learned-any), writes the guesses with
+scripts/guess_plans.py, and gives every plan the same finetuning, sampling and scoring by the
+ordinary entries, and the same to the base model without a graft. Each finished case is one small
+JSON in --results; started again, it makes the cases that are missing. `report` turns the JSONs into the tables of docs/selection.md
 (between its two markers), docs/images/selection_study.png and docs/images/selection_blocks.png.
 """
 
@@ -37,7 +37,17 @@ HALVES = "learned-halves"
 LEARNED = {  # from which plan
     "learned": "candidate.yaml", "learned-any": "distilled.yaml", HALVES: "distilled.yaml"
 }  # fmt: skip
+VARIED = "learned-any"
+VARIATIONS = {  # of that; what it is learned with by default stands in `make`
+    "slow-gates": ["--gate-lr", 3e-4],
+    "fast-gates": ["--gate-lr", 3e-2],
+    "cool-gates": ["--tau-range", 1, 0.1],
+    "long": ["--max-steps", 1800],
+    "rank-8": ["--lora-rank", 8],
+    "batch-256": ["--global-batch-size", 256],
+}
 PATTERNS = (*LEARNED, "interleaved", "deep", "shallow", "top-local", "low-local", "random")
+PATTERNS += tuple(VARIATIONS)
 
 
 def candidates(operator: str) -> list[int]:
@@ -78,13 +88,15 @@ def make(case: tuple[str, str, int], args: argparse.Namespace) -> dict:
     name, answer, base = "-".join(map(str, case)), None, []
     if (operator, pattern) == UNGRAFTED:
         plan, base = REPOSITORY / "configs/mini/no_graft.yaml", ["--load-weight", BASE]
-    elif pattern in LEARNED:
+    elif pattern in LEARNED or pattern in VARIATIONS:
         groups = budgets(operator, args) if pattern == HALVES else "2:4"
+        choices = args.work / "plans" / operator / LEARNED.get(pattern, LEARNED[VARIED])
         entry(
-            "prune_by_learning.py", "--config", args.work / "plans" / operator / LEARNED[pattern],
+            "prune_by_learning.py", "--config", choices,
             *testbed.data_flags(args, seed), "--prefix", f"select-{name}", "--delta-w", "--lora",
             "--max-steps", args.selection_steps, "--lr", 3e-4, "--gate-lr", 3e-3,
             "--ema-decay", 0.99, "--groups", groups, *args.selection_flags,
+            *VARIATIONS.get(pattern, ()),
         )  # fmt: skip
         chosen = args.work / "runs" / f"select-{name}-DiT-Mini-2"
         plan, answer = chosen / "selected.yaml", read_json(chosen / "selection.json", "rerun")
@@ -128,8 +140,9 @@ def run(args: argparse.Namespace) -> None:
             "--load-weight", BASE, "--data-path", args.work / "train", "--out", locality, threads=4,
         )  # fmt: skip
     grafted = [(operator, pattern) for pattern in args.patterns for operator in args.operators]
-    # the seeds of one plan apart, so that later ones find its compiled code
+    # variations last; the seeds of one plan apart, so that later ones find its compiled code
     cases = [(*kind, seed) for seed in args.seeds for kind in (UNGRAFTED, *grafted)]
+    cases.sort(key=lambda case: case[1] in VARIATIONS)
     works = {operator: [partial(prepare, operator, args)] for operator in args.operators}
     names = ("steps", "selection_steps", "distill_steps", "batch", "num_samples")
     names += ("train_flags", "selection_flags")
@@ -145,8 +158,10 @@ def run(args: argparse.Namespace) -> None:
 def report(args: argparse.Namespace) -> None:
     groups = defaultdict(list)
     records = testbed.results(args.results, "operator")
+    varied = defaultdict(list)
     for record in records:
-        groups[record["operator"], record["pattern"]].append(record)
+        of = varied if record["pattern"] in VARIATIONS else groups
+        of[record["operator"], record["pattern"]].append(record)
     operators = sorted({operator for operator, _ in groups} - {UNGRAFTED[0]})
     if UNGRAFTED not in groups or not operators:
         raise ValueError(f"{args.results}: needs cases with a graft and without: go on with `run`")
@@ -161,6 +176,9 @@ def report(args: argparse.Namespace) -> None:
     text.append(page.duels_table(operators, groups))
     text.append(page.spread_table(operators, groups))
     text.append(page.learned_table(operators, groups, pinned))
+    told = {name: " ".join(map(str, flags)) for name, flags in VARIATIONS.items()}
+    if varied:
+        text.append(page.variations_table(operators, groups, varied, VARIED, told))
     images = args.page.parent / "images"
     page.plot_metrics(operators, groups, images / "selection_study.png")
     page.plot_blocks(operators, groups, images / "selection_blocks.png")

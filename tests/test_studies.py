@@ -94,6 +94,33 @@ def test_selection_page(selections):
             assert min(picture.size) > 200
 
 
+def test_variations_stand_in_a_table_of_their_own(selections, monkeypatch):
+    (selections.page.parent / "images").mkdir()
+    selection_study.report(selections)
+    plain = selections.page.read_text()
+    assert "learned otherwise" not in plain
+    monkeypatch.setattr(selection_study, "VARIED", "learned")
+    write(
+        selections.results,
+        "swa-long-0",
+        operator="swa",
+        pattern="long",
+        seed=0,
+        grafted=choose(1),
+        train_mse=0.01,
+        heldout_mse=0.3,
+        fd_mini=3.0,
+        selection={"confidence": [0.5] * 7, "agreement": [1.0] * 7},
+    )
+    selection_study.report(selections)
+    text = selections.page.read_text()
+    assert rows(selections.page, ["swa", "long"]) == [
+        ["swa", "long", "`--max-steps 1800`", "0.01000", "0.30000", "3.000", "0.50", "-"]
+    ]
+    table = text.partition("learned otherwise")[2]
+    assert "| swa | learned |" in table and "| swa | deep |" not in table
+
+
 def test_how_far_the_numbers_of_selections_carry(selections):
     (selections.page.parent / "images").mkdir()
     selection_study.report(selections)
