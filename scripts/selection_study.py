@@ -9,8 +9,9 @@ learned-any: every block may be grafted; learned-halves: a choice over each half
 budgets are those of low-local; and variations of learned-any), writes the guesses with
 scripts/guess_plans.py, and gives every plan the same finetuning, sampling and scoring by the
 ordinary entries, and the same to the base model without a graft. Each finished case is one small
-JSON in --results; started again, it makes the cases that are missing. `report` turns the JSONs into the tables of docs/selection.md
-(between its two markers), docs/images/selection_study.png and docs/images/selection_blocks.png.
+JSON in --results; started again, it makes the cases that are missing. `report` turns the JSONs into
+the tables of docs/selection.md (between its two markers), docs/images/selection_study.png and
+docs/images/selection_blocks.png.
 """
 
 import argparse
