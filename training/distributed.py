@@ -174,7 +174,8 @@ def wrap(
     if world.size == 1:
         return module
     ids = [world.device.index] if world.device.type == "cuda" else None
-    with torch.cuda.stream(stream):  # on which gradients will be added up
+    # gradients are added up on the stream that is current now
+    with nullcontext() if stream is None else torch.cuda.stream(stream):
         wrapped = DistributedDataParallel(
             module, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
         )
