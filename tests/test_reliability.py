@@ -193,8 +193,8 @@ def test_accumulated_gradients_train_alike(tiny, stage):
                 file.write(f"{rank}")
             return default_hooks.allreduce_hook(None, bucket)
 
-        def spied(world, module):
-            net = wrap(world, module)
+        def spied(world, module, stream=None):
+            net = wrap(world, module, stream)
             net.register_comm_hook(None, hook)
             return net
 
