@@ -27,7 +27,7 @@ def recompute(model: nn.Module) -> None:
     model.recomputes = True
 
 
-def run_block(model: nn.Module, block: Callable, *inputs) -> torch.Tensor:
+def run_block(model: nn.Module, block: Callable, *inputs):
     """block(*inputs), again in the backward pass where `recompute` was asked for.
 
     block: a block of the model, compiled or not, or `run_pair`.

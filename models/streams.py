@@ -1,9 +1,9 @@
 """Work that goes on at the same time within a CUDA graph.
 
 At small batches one kernel leaves most of a GPU idle, and what needs nothing of each other had
-better not wait for each other. Only inference in a graph is spread over streams: launched from the
-host, kernels would hardly meet, and gradients would have to find their streams. Anywhere else all
-runs in its order, on one stream.
+better not wait for each other. Only what takes no gradients within a graph is spread over streams,
+sampling and the teacher of a training: launched from the host, kernels would hardly meet, and
+gradients would have to find their streams. Anywhere else all runs in its order, on one stream.
 """
 
 from collections.abc import Callable, Iterator, Sequence

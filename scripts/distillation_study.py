@@ -122,9 +122,9 @@ def make(case: tuple, args: argparse.Namespace) -> dict:
     """One case; its result as plain data."""
     key, percent, start, training, seed = case
     name = "-".join(map(str, case))
-    suffix, operators = "", None
+    suffix, stage_one = "", None
     if start == "distilled":
-        suffix, operators = f"-{seed}", testbed.fingerprint(stage_one_of(key, seed, args))
+        suffix, stage_one = f"-{seed}", testbed.fingerprint(stage_one_of(key, seed, args))
     plan = args.work / "plans" / key / f"{start}-{percent}{suffix}.yaml"
     weights = ["--allow-untrained"]
     if training == "none":
@@ -139,7 +139,7 @@ def make(case: tuple, args: argparse.Namespace) -> dict:
         "start": start,
         "training": training,
         "seed": seed,
-        "operators": operators,
+        "stage_one": stage_one,
         **losses,
         **testbed.score(plan, name, seed, args, *weights),
     }

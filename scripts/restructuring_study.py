@@ -133,7 +133,7 @@ def make(case: tuple[str, str, int], args: argparse.Namespace) -> dict:
         "start": start,
         "training": training,
         "seed": seed,
-        "operators": testbed.fingerprint(distilled) if start in TAUGHT else None,
+        "stage_one": testbed.fingerprint(distilled) if start in TAUGHT else None,
         "layers": len(costs.meta_model(load_plan(plan)).layers),
         "pairs": [list(pair) for pair in load_plan(plan).parallel_pairs],
         "confidence": answer and [group["confidence"] for group in answer["groups"]],

@@ -110,7 +110,7 @@ def make(case: tuple[str, str, int], args: argparse.Namespace) -> dict:
         "operator": operator,
         "pattern": pattern,
         "seed": seed,
-        "operators": None
+        "stage_one": None
         if (operator, pattern) == UNGRAFTED
         else testbed.fingerprint(args.work / "plans" / operator / "distilled.yaml"),
         "grafted": list(load_plan(plan).grafted_blocks("mha")),

@@ -12,9 +12,11 @@ import json
 import multiprocessing
 import os
 import shlex
+import signal
 import statistics
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import defaultdict
@@ -26,6 +28,7 @@ from concurrent.futures import (
     ThreadPoolExecutor,
     wait,
 )
+from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
@@ -36,6 +39,7 @@ from models.files import read_json, write_json, write_whole
 from models.plan import find_file, load_plan
 from models.provenance import environment
 from training import arguments
+from training.preemption import SIGNALS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BASE = "assets/mini/dit_mini.safetensors"
@@ -54,8 +58,20 @@ def entry(*command, threads: int = 1) -> None:
 
     In a process that runs one after the other: what they compile they need not compile again.
     """
-    if failure := _workers().submit(_work, [str(word) for word in command], threads).result():
+    words = [str(word) for word in command]
+    with _starting:
+        work = _workers().submit(_work, words, threads)
+    try:
+        failure, seconds = work.result()
+    except BrokenProcessPool as broken:
+        raise ValueError(f"{' '.join(words)}: a process died, this one or another") from broken
+    if failure:
         raise ValueError(failure)
+    _spent.seconds = getattr(_spent, "seconds", 0.0) + seconds
+
+
+_starting = threading.Lock()
+_spent = threading.local()  # seconds of entries that a thread has waited for
 
 
 @cache
@@ -63,6 +79,7 @@ def _workers() -> ProcessPoolExecutor:
     """Processes that are begun as they are needed, dealt out over the GPUs."""
     # diffusers asks for a GPU when imported; a process that asks CUDA itself cannot fork any more
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # each; read when PyTorch is imported
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     cards = visible.split(",") if visible else range(torch.cuda.device_count())
     context = multiprocessing.get_context("forkserver")
@@ -78,12 +95,12 @@ def _begin(cards: list[str], counted: Synchronized) -> None:
         counted.value += 1
     if cards:
         os.environ["CUDA_VISIBLE_DEVICES"] = cards[place % len(cards)]
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     os.chdir(REPOSITORY)
 
 
-def _work(words: list[str], threads: int) -> str:
-    """An entry, in a worker -> what it said where it failed, else ""."""
+def _work(words: list[str], threads: int) -> tuple[str, float]:
+    """An entry, in a worker -> what it said where it failed, else "", and its seconds."""
+    began = time.monotonic()
     torch.set_num_threads(threads)
     before = [os.dup(number) for number in (1, 2)]
     failed = False
@@ -103,11 +120,14 @@ def _work(words: list[str], threads: int) -> str:
             for number, was in zip((1, 2), before, strict=True):
                 os.dup2(was, number)
                 os.close(was)
+            for number in SIGNALS:  # which a training that failed still listens to
+                signal.signal(number, signal.SIG_DFL)
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
         heard.seek(0)
-        return f"{' '.join(words)}\n{heard.read()[-3000:]}" if failed else ""
+        failure = f"{' '.join(words)}\n{heard.read()[-3000:]}" if failed else ""
+    return failure, time.monotonic() - began
 
 
 def encode(work: Path) -> None:
@@ -144,9 +164,11 @@ def distill(plan: Path, name: str, seed: int, args: argparse.Namespace, *more) -
 
 
 def fingerprint(plan: Path) -> str:
-    """The SHA-256, in short, of the files with the operators that Stage 1 gave a plan."""
+    """The SHA-256, in short, of the files that Stage 1 gave a plan; ValueError without any."""
     found = hashlib.sha256()
     read = load_plan(plan)
+    if not read.graft_weights:
+        raise ValueError(f"{plan}: names no graft_weights")
     for _, path in sorted(read.graft_weights.items()):
         found.update(find_file(path, read.path, "graft_weights").read_bytes())
     return found.hexdigest()[:16]
@@ -235,8 +257,8 @@ def run_cases(
     def finish(name: str, works: dict[Callable, Future]) -> None:
         for work in before(names[name]):
             works[work].result()
-        began = time.monotonic()
-        result = make(names[name]) | {"seconds": round(time.monotonic() - began, 1)}
+        _spent.seconds = 0.0
+        result = make(names[name]) | {"seconds": round(_spent.seconds, 1)}
         result |= {"settings": settings, **environment()}
         write_json(args.results / f"{name}.json", result)
         shown = (f"{title} {result[key]:.5f}" for key, title in METRICS.items() if key in result)
@@ -245,8 +267,11 @@ def run_cases(
     with ThreadPoolExecutor(args.jobs) as pool, ThreadPoolExecutor(args.jobs) as first:
         works = {work: first.submit(work) for work in wanted}
         running = [pool.submit(finish, name, works) for name in missing]
-        done, _ = wait(running, return_when=FIRST_EXCEPTION)
-        pool.shutdown(wait=False, cancel_futures=True)
+        try:
+            done, _ = wait(running, return_when=FIRST_EXCEPTION)
+        finally:
+            for each in (first, pool):
+                each.shutdown(wait=False, cancel_futures=True)
         for future in done:
             future.result()
 
@@ -254,8 +279,9 @@ def run_cases(
 def results(folder: Path, *keys: str) -> list[dict]:
     """Every result of a study, in the order of their names.
 
-    ValueError where settings differ, or where the `operators` of Stage 1 do among results that have
-    the values of `keys` in common: they would be compared for what differs by chance.
+    ValueError where settings differ, or where `stage_one`, the `fingerprint` of what a result
+    begins with, does among results that have the values of `keys` in common: they would be compared
+    for what differs by chance.
     """
     records = [read_json(path, "delete it") for path in sorted(folder.glob("*.json"))]
     if not records:
@@ -265,9 +291,9 @@ def results(folder: Path, *keys: str) -> list[dict]:
             raise ValueError(f"{folder}: holds results of studies with different settings")
     found: dict[tuple, set] = defaultdict(set)
     for record in records:
-        found[tuple(record[key] for key in keys)].add(record["operators"])
-    for values, operators in found.items():
-        if len(operators - {None}) > 1:
+        found[tuple(record[key] for key in keys)].add(record.get("stage_one", "not stated"))
+    for values, fingerprints in found.items():
+        if len(fingerprints - {None}) > 1:
             raise ValueError(
                 f"{folder}: results of {' '.join(map(str, values))} hold operators of several "
                 "distillations, made with other folders of --work: delete them and make them anew"
@@ -277,15 +303,18 @@ def results(folder: Path, *keys: str) -> list[dict]:
 
 def headline(records: list[dict]) -> str:
     """What all cases of a study had in common, and what made them, for above its tables."""
-    shared, hours = records[0]["settings"], sum(record["seconds"] for record in records) / 3600
+    shared = records[0]["settings"]
+    seconds = [record.get("seconds") for record in records]
+    took = ""
+    if None not in seconds:
+        took = f"{len(records)} cases took {sum(seconds) / 3600:.1f} hours of single processes. "
     revisions = {str(record["git_revision"]) for record in records}
     short = (r[:8] + "-dirty" * r.endswith("-dirty") for r in sorted(revisions))
     versions = sorted({record["torch"] for record in records})
     return (
         f"{shared['distill_steps']} distillation steps and {shared['steps']} finetuning steps of "
         f"{shared['batch']} images, {shared['num_samples']} samples; mean ± standard deviation. "
-        f"The {len(records)} cases took {hours:.1f} hours of single processes, after Stage 1. "
-        f"Made at revision {', '.join(short)} with PyTorch {', '.join(versions)}."
+        f"{took}Made at revision {', '.join(short)} with PyTorch {', '.join(versions)}."
     )
 
 

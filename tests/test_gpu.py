@@ -170,14 +170,15 @@ ENTRIES = pytest.mark.parametrize(
     [
         (("finetune_tinyfusion.py",), "75p_swa"),
         (("finetune_tinyfusion.py",), "parallel_pairs"),
+        (("finetune_tinyfusion.py", "--distill"), "75p_swa"),
         (SELECT, "75p_swa"),
     ],
-    ids=["finetune", "parallel_pairs", "select"],
+    ids=["finetune", "parallel_pairs", "teacher", "select"],
 )
 
 
 def prefix_of(entry, config, flags):
-    return "".join([entry[0][:-3], "-", config, *flags])
+    return "".join([entry[0][:-3], *entry[1:2], "-", config, *flags])
 
 
 def last_of(mini, prefix):

@@ -16,7 +16,7 @@ from scripts import (
 
 SETTINGS = {"steps": 5, "distill_steps": 7, "selection_steps": 3, "batch": 2, "num_samples": 9}
 MADE = {"settings": SETTINGS, "git_revision": "0123456789", "torch": "2.11.0"}
-MADE |= {"seconds": 1800.0, "operators": None}
+MADE |= {"seconds": 1800.0, "stage_one": None}
 DEEP, SHALLOW = list(range(14, 28)), list(range(14))
 
 
@@ -261,10 +261,10 @@ def test_pages_of_the_studies_have_their_markers(name):
 
 
 def test_operators_of_two_distillations_are_not_compared(tmp_path):
-    for name, seed, operators in (("a", 0, "one"), ("b", 1, "two"), ("c", 0, None)):
-        write(tmp_path, name, seed=seed, operators=operators)
+    for name, seed, found in (("a", 0, "one"), ("b", 1, "two"), ("c", 0, None)):
+        write(tmp_path, name, seed=seed, stage_one=found)
     assert len(testbed.results(tmp_path, "seed")) == 3
-    write(tmp_path, "d", seed=1, operators="three")
+    write(tmp_path, "d", seed=1, stage_one="three")
     with pytest.raises(ValueError, match="results of 1 hold operators of several distillations"):
         testbed.results(tmp_path, "seed")
 

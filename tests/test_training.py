@@ -509,7 +509,7 @@ def test_parts_of_a_batch_reduce_gradients_once():
         LatentLoader(None, 12, distributed.World(0, 0, 2, CPU.device), 0, grad_accum=4)
 
 
-WATCHED = """
+WAITING = """
 import time
 import torch
 from training import compilation
@@ -522,21 +522,21 @@ class Event:
     def query(self):
         return Event.ended
 
-torch.cuda.Event = Event
-compilation.WATCH_SECONDS = 0.05
-watch = compilation.Watch(World(3, 3, 4, torch.device("cuda", 3)), minutes=0.01)
-watch.begun()
+torch.cuda.Event, torch.cuda.set_device = Event, lambda device: None
+compilation.LOOK_SECONDS = 0.05
+limit = compilation.Limit(World(3, 3, 4, torch.device("cuda", 3)), minutes=0.01)
+limit.begun()
 time.sleep(1.0)
 print("steps that end are let be", flush=True)
 Event.ended = False
-watch.begun()
+limit.begun()
 time.sleep(60)
 """
 
 
 def test_a_step_that_waits_in_vain_ends_its_process():
     """What watches a step's CUDA graph, with an event made up for the device's."""
-    command = [sys.executable, "-c", WATCHED]
+    command = [sys.executable, "-c", WAITING]
     result = subprocess.run(
         command, cwd=distributed.REPOSITORY, capture_output=True, text=True, timeout=50
     )

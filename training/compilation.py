@@ -17,6 +17,7 @@ from functools import cache
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from training import distributed
 from training.distributed import LOST_MINUTES, World
 
 # Left to itself Inductor lays a graph with many convolutions out channels-last, and then hands
@@ -28,13 +29,14 @@ MODEL_OPTIONS = {"layout_optimization": False}
 # Philox's 32-bit multipliers do not fit.
 FUNCTION_OPTIONS = {"constant_and_index_propagation": False}
 
-# Kinds of blocks, times batch sizes, times training or not, for which one block may be compiled.
-KINDS = 64
+# Kinds of blocks, times batch sizes, times training or not, for which one block may be compiled;
+# one more is an error, as PyTorch would then run it eagerly without a word.
+KINDS = 256
 
 # Calls before a graph is captured. With several processes DistributedDataParallel arranges its
 # buckets anew after the first call, and times the first ten, for which it waits on the device.
 WARM, WARM_TOGETHER = 3, 12
-WATCH_SECONDS = 10.0
+LOOK_SECONDS = 10.0
 
 
 def _wanted(world: World, flag: bool) -> bool:
@@ -47,6 +49,8 @@ def compile_models(world: World, flag: bool, *models: torch.nn.Module) -> None:
     if not _wanted(world, flag):
         return
     torch._dynamo.config.recompile_limit = KINDS
+    torch._dynamo.config.accumulated_recompile_limit = 8 * KINDS
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     for model in models:
         dit = getattr(model, "dit", model)
         for region in dit.regions() if hasattr(dit, "regions") else [model]:
@@ -81,7 +85,7 @@ class Graphed:
 
     def __init__(self, function: Callable, world: World, meets: bool):
         self.function, self.device = function, world.device
-        self.watch = Watch(world) if meets else None
+        self.limit = Limit(world) if meets else None
         self.left = WARM_TOGETHER if meets else WARM
         self.stream = _stream(world.device)
         self.inputs: dict | None = None  # where the graph reads; the calls before it too, so that
@@ -98,8 +102,8 @@ class Graphed:
         if self.graph is None:
             self._capture()
         self.graph.replay()
-        if self.watch is not None:
-            self.watch.begun()
+        if self.limit is not None:
+            self.limit.begun()
         return self.results
 
     def _aside(self):
@@ -118,33 +122,36 @@ class Graphed:
         # Other threads read latents, write checkpoints and watch NCCL meanwhile.
         with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
             self.results = self.function(**self.inputs)
+        if self.limit is not None:
+            distributed.ends_with(self.graph)
 
 
-class Watch:
+class Limit:
     """Ends this process when a step of its graph waits too long for the other processes.
 
     NCCL's own watchdog does not see what runs within a CUDA graph.
     """
 
     def __init__(self, world: World, minutes: float = LOST_MINUTES):
-        self.rank, self.minutes = world.rank, minutes
-        self.done, self.at = torch.cuda.Event(), None
+        self.world, self.minutes = world, minutes
+        self.done, self.at = torch.cuda.Event(), time.monotonic()
         threading.Thread(target=self._look, daemon=True).start()
 
     def begun(self) -> None:
         """A step has been put on the device; on its current stream."""
-        self.done.record()
         self.at = time.monotonic()
+        self.done.record()
 
     def _look(self) -> None:
+        torch.cuda.set_device(self.world.device)  # a thread begins on the first
         while True:
-            time.sleep(WATCH_SECONDS)
-            began = self.at
-            if began is None or self.done.query() or time.monotonic() - began < 60 * self.minutes:
+            time.sleep(LOOK_SECONDS)
+            if self.done.query() or time.monotonic() - self.at < 60 * self.minutes:
                 continue
+            who = f"error (rank {self.world.rank})"
             print(
-                f"error (rank {self.rank}): a step has not ended within {self.minutes:g} minutes: "
-                "another process hangs or is lost; start the run again with --resume auto",
+                f"{who}: a step has not ended within {self.minutes:g} minutes: another process "
+                "hangs or is lost; start the run again with --resume auto",
                 file=sys.stderr,
                 flush=True,
             )

@@ -31,6 +31,7 @@ PREEMPTED = 75  # exit code EX_TEMPFAIL, on which a scheduler can be told to req
 
 
 _left: list[dist.ProcessGroup] = []  # kept to the end of the process, see `stop`
+_graphs: list[torch.cuda.CUDAGraph] = []  # in which the processes meet, see `ends_with`
 
 
 class Preempted(Exception):
@@ -133,8 +134,16 @@ def _meet(rank: int, size: int, device: torch.device, timeout: timedelta) -> Non
         raise ValueError(f"{alone}: {met} of {size} processes answered; {advice}")
 
 
+def ends_with(graph: torch.cuda.CUDAGraph) -> None:
+    """Names a graph that holds work of NCCL, which ends no process group before all such graphs."""
+    _graphs.append(graph)
+
+
 def stop() -> None:
-    """Leaves the process group, if there is one."""
+    """Leaves the process group, if there is one, and the graphs that `ends_with` was told of."""
+    while _graphs:
+        torch.cuda.synchronize()
+        _graphs.pop().reset()
     if dist.is_initialized():
         # Freed with the last wrapped module, gloo's group waits, holding Python's lock, for threads
         # that may need that very lock: rarely, a process hung on its way out.
@@ -175,6 +184,8 @@ def wrap(
         return module
     ids = [world.device.index] if world.device.type == "cuda" else None
     # gradients are added up on the stream that is current now
+    if stream is not None:
+        stream.wait_stream(torch.cuda.current_stream())
     with nullcontext() if stream is None else torch.cuda.stream(stream):
         wrapped = DistributedDataParallel(
             module, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
@@ -231,7 +242,7 @@ def run(main: Callable[[Namespace], None], args: Namespace) -> None:
     except KeyboardInterrupt:
         if rank == 0:
             print("interrupted; the same command (training: with --resume auto) goes on")
-        sys.exit(130)
+        _leave(130)
     except Preempted as stopped:
         if rank == 0:
             print(stopped, file=sys.stderr)
@@ -241,10 +252,22 @@ def run(main: Callable[[Namespace], None], args: Namespace) -> None:
         if rank > 0:
             time.sleep(3)
         if not _is_bad_input(error):
+            if _graphs:
+                traceback.print_exc()
+                _leave(1)
             raise
         who = "error" if rank == 0 else f"error (rank {rank})"
         print(f"{who}: {error}", file=sys.stderr)
-        sys.exit(2)
+        _leave(2)
+
+
+def _leave(code: int) -> None:
+    """Ends the process: at once where NCCL would wait for graphs on its way out."""
+    if not _graphs:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _is_bad_input(error: Exception) -> bool:

@@ -87,7 +87,7 @@ class StepGuard:
         self.skipped = torch.zeros((), device=device)
         self.in_a_row = torch.zeros((), device=device)
         self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
-        self.fused, self.line = None, "optimiser and averages: PyTorch (as --kernels says)"
+        self.fused, self.line = None, "optimiser and averages: PyTorch"
         if ema is not None and kernels != "torch":
             reason = fused_step.refusal(optimizer, ema)
             self.fused = None if reason else fused_step.FusedStep(optimizer, ema)
