@@ -8,8 +8,10 @@ import gc
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -39,19 +41,18 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 
+def torchrun(processes: int, entry: str, *flags) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, f"--nproc_per_node={processes}", entry, *map(str, flags)]
+
+
 def run(entry: str, *flags, processes: int = 1) -> None:
     """An entry or script: alone in this process, without the time to start, else by torchrun."""
     if processes == 1:
         run_here(entry, *flags)
-        return
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    subprocess.run(
-        [*launcher, f"--nproc_per_node={processes}", entry, *map(str, flags)],
-        cwd=REPOSITORY,
-        env=os.environ,
-        check=True,
-        timeout=500,
-    )
+    else:
+        command = torchrun(processes, entry, *flags)
+        subprocess.run(command, cwd=REPOSITORY, check=True, timeout=150)
 
 
 def run_here(entry: str, *flags) -> None:
@@ -210,6 +211,26 @@ def test_compiled_steps_follow_eager_ones(mini, entry, config):
     np.testing.assert_allclose(compiled, eager, rtol=0.02)
 
 
+def test_compiled_distillation_follows_the_eager_one(mini):
+    losses = {}
+    for mode in ("--compile", "--no-compile"):
+        run(
+            "distill_operators.py", "--config", "configs/mini/75p_hyena_y.yaml", mode,
+            "--results-dir", mini, "--data-path", mini / "latents", "--prefix", f"stage1{mode}",
+            "--num-samples", 128, "--val-samples", 60, "--global-batch-size", 32,
+            "--max-steps", 12, "--log-every", 1,
+        )  # fmt: skip
+        lines = (mini / f"stage1{mode}-DiT-Mini-2" / "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        losses[mode] = [
+            [value for key, value in record.items() if key.startswith("loss/")]
+            for record in records
+            if "steps_per_sec" in record
+        ]
+    assert np.shape(losses["--compile"]) == (12, 21)
+    np.testing.assert_allclose(losses["--compile"], losses["--no-compile"], rtol=0.05)
+
+
 @ENTRIES
 @pytest.mark.parametrize("mode", ["--compile", "--no-compile"])
 def test_blocks_that_run_again_in_backward_train_alike(mini, entry, config, mode):
@@ -363,6 +384,29 @@ def test_two_gpus_train_like_one(mini, precision, mode, tolerance):
     assert len(losses[1]) == 20
     print("largest relative difference:", np.abs(losses[2] / losses[1] - 1).max())
     np.testing.assert_allclose(losses[2], losses[1], rtol=tolerance)
+
+
+@two_gpus
+def test_two_gpus_stop_at_a_signal_though_a_graph_holds_their_exchange(mini):
+    folder = mini / "stopped-DiT-Mini-2"
+    command = torchrun(
+        2, "finetune_tinyfusion.py", "--config", "configs/mini/75p_swa.yaml", "--results-dir", mini,
+        "--data-path", mini / "latents", "--prefix", "stopped", "--max-steps", 1_000_000,
+        "--global-batch-size", 32, "--log-every", 5, "--compile",
+    )  # fmt: skip
+    with subprocess.Popen(command, cwd=REPOSITORY) as launched:
+        try:
+            deadline = time.monotonic() + 120
+            records = folder / "metrics.jsonl"
+            while not records.is_file() or len(records.read_text().splitlines()) < 6:
+                assert launched.poll() is None and time.monotonic() < deadline
+                time.sleep(0.2)
+            children = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text()
+            os.kill(int(children.split()[0]), signal.SIGTERM)
+            launched.wait(timeout=60)
+        finally:
+            launched.kill()
+    assert len(list((folder / "checkpoints").glob("*.pt"))) == 1
 
 
 @two_gpus
