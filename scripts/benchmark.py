@@ -190,7 +190,9 @@ def compare(args: argparse.Namespace) -> None:
     rows = []
     for batch in args.batch:
         torch.compiler.reset()  # a batch size of its own, not one for all
-        setting = loops.Setting(world, dtype, plan, batch, args.compile, args.kernels)
+        setting = loops.Setting(
+            world, dtype, plan, batch, args.compile, args.kernels, args.grad_checkpoint
+        )
         if args.command == "sampling":
             makers = {"published": partial(loops.published_sampling, setting)}
             if has_float8(world.device):
@@ -480,6 +482,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             compiled = argparse.BooleanOptionalAction
             add("--compile", action=compiled, default=True, help="torch.compile")
             add("--kernels", choices=("auto", "torch"), default="auto", help="see the entries")
+            command.set_defaults(grad_checkpoint=False)
+        if name in ("finetune", "selection"):
+            arguments.add_grad_checkpoint(add)
         add("--profile", action="store_true", help="print which kernels take the time; CUDA")
         machine(command)
     return parser.parse_args(argv)

@@ -25,6 +25,7 @@ from models.graft_plan import GraftPlan
 from models.grafting import build_grafted
 from models.inference import quicken
 from models.operators.accelerators import accelerate
+from models.recompute import recompute
 from models.selection import GatedDiT, LayerGates, settle
 from training import distributed, precision
 from training.compilation import capture_stream, compile_functions, compile_models, graphed
@@ -50,6 +51,7 @@ class Setting:
     batch: int
     compile: bool
     kernels: str
+    grad_checkpoint: bool = False  # here, not in the published style
 
 
 def random_dit(plan: GraftPlan, device: torch.device, pairs: bool = False) -> DiT:
@@ -115,6 +117,8 @@ def training(setting: Setting, selection: bool) -> Step:
     world, device, B = setting.world, setting.world.device, setting.batch
     net, gates = trainable(setting, selection)
     model = net.dit if selection else net
+    if setting.grad_checkpoint:
+        recompute(model)
     accelerate(model, device, setting.dtype, model.num_tokens, setting.kernels)
     groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 1e-4}]
     if gates is not None:
