@@ -87,12 +87,14 @@ class StepGuard:
         self.skipped = torch.zeros((), device=device)
         self.in_a_row = torch.zeros((), device=device)
         self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
-        self.fused, self.line = None, "optimiser and averages: PyTorch"
-        if ema is not None and kernels != "torch":
-            reason = fused_step.refusal(optimizer, ema)
-            self.fused = None if reason else fused_step.FusedStep(optimizer, ema)
-            ran = f"PyTorch (Triton {reason})" if reason else "Triton"
-            self.line = f"optimiser and averages: {ran}"
+        if kernels == "torch":
+            reason = "as --kernels says"
+        elif ema is None:
+            reason = "there are no averages"
+        elif reason := fused_step.refusal(optimizer, ema):
+            reason = f"Triton {reason}"
+        self.fused = None if reason else fused_step.FusedStep(optimizer, ema)
+        self.line = f"optimiser and averages: {f'PyTorch ({reason})' if reason else 'Triton'}"
 
     def set_rates(self) -> None:
         """Hands the schedule's learning rates to the device; before each `step`.
