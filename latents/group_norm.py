@@ -167,7 +167,7 @@ def group_norm(
     """y of the module's docstring; addend, weight and bias [C]."""
     pixels = _pixels(x)
     B, P, C = pixels.shape
-    y, rows = torch.empty_like(pixels), _rows(P, C)
+    y, rows = _room(x), _rows(P, C)
     parts = -(-P // rows)
     moments = pixels.new_empty((B, parts, 2, C), dtype=torch.float32)
     affine = pixels.new_empty((B, 2, C), dtype=torch.float32)
@@ -188,24 +188,29 @@ def add(x: torch.Tensor, branch: torch.Tensor, bias: torch.Tensor) -> torch.Tens
     """x + branch + bias, of two maps and [C]."""
     pixels, others = _pixels(x), _pixels(branch)
     B, P, C = pixels.shape
-    y, rows = torch.empty_like(pixels), _rows(P, C)
+    y, rows = _room(x), _rows(P, C)
     _kernels()[3][(B, -(-P // rows))](pixels, others, bias, y, P, C=C, SPAN=rows, **_tile(C))
     return _maps(y, x)
 
 
 @group_norm.register_fake
 def _(x, addend, weight, bias, groups, eps, silu):
-    return _maps(torch.empty_like(_pixels(x)), x)
+    return _maps(_room(x), x)
 
 
 @add.register_fake
 def _(x, branch, bias):
-    return _maps(torch.empty_like(_pixels(x)), x)
+    return _maps(_room(x), x)
 
 
 def _pixels(maps: torch.Tensor) -> torch.Tensor:
     """[B,C,...] -> [B,P,C], contiguous; a view of channels-last maps."""
     return maps.flatten(2).transpose(1, 2).contiguous()
+
+
+def _room(maps: torch.Tensor) -> torch.Tensor:
+    """What `_pixels` has, not written yet."""
+    return maps.new_empty((len(maps), maps.shape[2:].numel(), maps.shape[1]))
 
 
 def _maps(pixels: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -246,7 +251,7 @@ def _kernels():
         first = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
         total = tl.zeros((ROWS, BLOCK), tl.float32)
         square = tl.zeros((ROWS, BLOCK), tl.float32)
-        for i in range(0, SPAN, ROWS):
+        for i in tl.range(0, SPAN, ROWS, num_stages=3):  # the next rows are on their way
             held = (i + row < count) & inside[None, :]
             value = tl.load(x + (i + row) * C + column[None, :], mask=held, other=0.0)
             value = tl.where(held, value.to(tl.float32) - first[None, :], 0.0)

@@ -1,6 +1,11 @@
 """latents/group_norm.py: the Triton kernels, run by Triton's interpreter on the CPU."""
 
+import torch
 from test_modulation import interpreted
+from torch import nn
+
+from latents import group_norm
+from latents.codec import load_codec
 
 KERNELS = """
 import torch
@@ -76,6 +81,35 @@ for dtype, near in ((torch.float32, 1e-5), (torch.bfloat16, 5e-2)):
     with torch.no_grad():
         expected = vae.decode(latents).sample
     torch.testing.assert_close(decoded.float(), expected, rtol=0, atol=near)
+fused.encoder.compile(backend="aot_eager", fullgraph=True)
+mine = replace(exact, vae=fused)
+torch.testing.assert_close(mine.encode(images), exact.encode(images), rtol=0, atol=1e-5)
+"""
+
+OPERATIONS = """
+import torch
+from latents import group_norm
+
+def meta(x):
+    if not isinstance(x, torch.Tensor):
+        return x
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+group_norm.MOST_PARTS = 64
+weight, bias, addend = torch.randn(3, 6)
+for shape in ((2, 6, 3, 5), (2, 6, 7), (1, 6, 1, 1)):
+    plain = torch.randn(shape, dtype=torch.bfloat16)
+    last = plain.movedim(1, -1).contiguous().movedim(-1, 1)
+    gaps = torch.cat((last, last), dim=-1)[..., : shape[-1]]
+    for x in (plain, last, gaps):
+        for operation, given in (
+            (group_norm.group_norm, (x, None, weight, bias, 3, 1e-6, False)),
+            (group_norm.group_norm, (x, addend, weight, bias, 3, 1e-6, True)),
+            (group_norm.add, (x, plain, bias)),
+        ):
+            real, fake = operation(*given), operation(*map(meta, given))
+            assert (real.shape, real.stride()) == (fake.shape, fake.stride())
+            assert real.dtype == fake.dtype == torch.bfloat16
 """
 
 
@@ -92,3 +126,23 @@ def test_deviations_small_beside_the_mean_are_kept():
 def test_a_fused_vae_is_the_same():
     """Moments and images, in float32 and, but for rounding, in bf16; and the names of its state."""
     interpreted(CODEC)
+
+
+def test_fakes_of_the_operations_are_like_their_results():
+    """Maps in any layout, and of other dimensions than four."""
+    interpreted(OPERATIONS)
+
+
+def test_a_vae_stays_on_pytorch_where_the_kernels_do_not_serve():
+    codec, cuda = load_codec("assets/mini/vae", dtype=torch.bfloat16), torch.device("cuda")
+    assert group_norm.accelerate(codec.vae, codec.device, torch.bfloat16) == []
+    for dtype, kernels, reason in (
+        (torch.float32, "auto", "Triton is for bf16 and fp16"),
+        (torch.bfloat16, "torch", "as --kernels says"),
+    ):
+        lines = group_norm.accelerate(codec.vae, cuda, dtype, kernels)
+        assert lines == [f"group norms of the VAE: PyTorch ({reason})"]
+    codec.vae.register_to_config(act_fn="gelu")
+    assert group_norm.refusal(codec.vae, cuda, torch.bfloat16) == "is for SiLU, not gelu"
+    kinds = [type(module) for module in codec.vae.modules()]
+    assert kinds.count(nn.GroupNorm) == 30 and group_norm.Norm not in kinds
