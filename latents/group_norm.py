@@ -263,7 +263,7 @@ def _kernels():
         tl.store(moments + column, first + mean, mask=inside)
         tl.store(moments + C + column, apart, mask=inside)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["parts"])
     def combine(
         moments, addend, weight, affine, P, parts, eps,
         C: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
