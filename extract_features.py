@@ -24,6 +24,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from latents import group_norm
 from latents.captions import FOLDER, CaptionWriter, read_captions
 from latents.captions import describe as describe_captions
 from latents.codec import Codec, encode_rows, load_codec
@@ -63,6 +64,7 @@ def main(args: argparse.Namespace) -> None:
             f"--image-size {args.image_size} is not divisible by {codec.downsample}, the "
             f"downsampling of --vae {args.vae}"
         )
+    paths = group_norm.accelerate(codec.vae, world.device, dtype, args.kernels)
     mirrors = 1 if args.no_mirror else 2
     if args.compile:
         largest = min(args.global_batch_size, args.shard_size, len(pictures))
@@ -89,6 +91,8 @@ def main(args: argparse.Namespace) -> None:
         f"{writer.num_shards}, of these to do {len(missing)}, on {world.size} x "
         f"{world.device.type}, {dtype}"
     )
+    for line in paths:
+        log.info(line)
     if table is None and classes < args.num_classes:
         log.info(f"class folders {classes}, fewer than --num-classes {args.num_classes}: a subset?")
 
@@ -267,6 +271,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="decoding processes a rank; 0: the rank itself",
     )
     arguments.add_compile(add)
+    arguments.add_kernels(add)
     add("--log-every", type=arguments.positive, default=100, help="batches between log lines")
     add = parser.add_argument_group(
         "accepted so that old commands run, and without effect on an extraction"

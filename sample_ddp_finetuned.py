@@ -26,6 +26,7 @@ from tqdm import tqdm
 from diffusion import noise
 from diffusion.samplers import sample
 from evaluation.writers import default_name, describe_run, save_grid, save_npz, save_png
+from latents import group_norm
 from latents.codec import load_codec
 from latents.labels import LABELS, read_labels
 from latents.prompts import read_prompts
@@ -93,6 +94,7 @@ def main(args: argparse.Namespace) -> None:
             f"pixels; {plan.model_name} at {plan.image_size} px needs {model.in_channels} channels "
             f"of {plan.input_size} x {plan.input_size}"
         )
+    paths += group_norm.accelerate(codec.vae, world.device, dtype, args.kernels)
     (step_normal,) = compile_functions(world, args.compile, noise.normal)
     compile_models(world, args.compile, model)
 

@@ -40,6 +40,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from latents import group_norm
 from models.costs import model_cost
 from models.dit import build_dit
 from models.files import write_json
@@ -232,7 +233,10 @@ def vae(args: argparse.Namespace) -> None:
         images = torch.rand(batch, 3, args.image_size, args.image_size, device=world.device) * 2 - 1
         latents = torch.randn(batch, 4, side, side, device=world.device)
         public = loops.published_coding(codec, images, latents)
-        fast = replace(codec, vae=copy.deepcopy(codec.vae)).compiled(batch, args.image_size)
+        fast = replace(codec, vae=copy.deepcopy(codec.vae))
+        for line in group_norm.accelerate(fast.vae, world.device, dtype, args.kernels):
+            print(line)
+        fast = fast.compiled(batch, args.image_size)
         here = loops.coding(fast, images, latents)
         for work in ("encode", "decode"):
             both = {"published": partial(public.get, work), "here": partial(here.get, work)}
@@ -481,10 +485,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             add("--steps", type=arguments.positive, default=10, help="timed together")
             compiled = argparse.BooleanOptionalAction
             add("--compile", action=compiled, default=True, help="torch.compile")
-            add("--kernels", choices=("auto", "torch"), default="auto", help="see the entries")
             command.set_defaults(grad_checkpoint=False)
         if name in ("finetune", "selection"):
             arguments.add_grad_checkpoint(add)
+        add("--kernels", choices=("auto", "torch"), default="auto", help="see the entries")
         add("--profile", action="store_true", help="print which kernels take the time; CUDA")
         machine(command)
     return parser.parse_args(argv)

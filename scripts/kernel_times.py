@@ -16,6 +16,7 @@ KINDS = {  # the first that is found in a kernel's name
     "optimiser, averages, norms": r"multi_tensor|Adam|adamw|foreach|lerp",
     "Inductor's own": r"^triton_",
     "modulation": r"^(forward|backward)$",
+    "the VAE's norms and sums": r"^(measure|combine|normalise|total)$",
     "attention": r"flash|fmha|attention|cudnn_generated|sdpa",
     "convolutions": r"conv|fprop|dgrad|wgrad",
     "products": r"gemm|nvjet|cutlass|xmma|wgmma|splitK",

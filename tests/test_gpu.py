@@ -4,6 +4,7 @@ python -m pytest -m gpu tests/test_gpu.py
 """
 
 import contextlib
+import copy
 import gc
 import importlib
 import json
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +22,14 @@ import torch
 import yaml
 from test_prune import FORMS, select_form
 
+from latents import group_norm
 from latents.store import open_latents
 from models import restructure, streams
 from models.dit import DiT, build_dit
 from models.grafting import build_grafted, load_plan
 from models.inference import quicken
 from models.operators import accelerators
+from scripts import loops
 from training.compilation import compile_models, graphed
 from training.distributed import World
 from training.ema import Ema
@@ -161,6 +165,47 @@ def test_compiled_extraction_gives_the_same_moments(mini):
         store = open_latents(mini / f"latents{mode}")
         moments[mode] = store.read(torch.arange(len(store))).float()
     assert distance(moments["--compile"], moments["--no-compile"]) < 2e-2
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_vae_on_the_kernels_is_as_near_as_pytorchs(compiled):
+    """Moments and images in bf16 beside float32's; of more than 64 images, which diffusers doubles
+    in another layout."""
+    torch.manual_seed(0)
+    cuda, found = torch.device("cuda"), {}
+    codec = loops.random_codec(cuda, torch.bfloat16, tiny=False)
+    for name, parameter in codec.vae.named_parameters():
+        if "norm" in name or name.endswith("bias"):  # ones and zeros would hide much
+            parameter.normal_(std=0.5).add_(1.0 if name.endswith("weight") else 0.0)
+    images, latents = torch.randn(66, 3, 64, 64), torch.randn(66, 4, 8, 8)
+    for path in ("exact", "torch", "triton"):
+        dtype = torch.float32 if path == "exact" else torch.bfloat16
+        mine = replace(codec, vae=copy.deepcopy(codec.vae), dtype=dtype)
+        if path == "triton":
+            lines = group_norm.accelerate(mine.vae, cuda, dtype)
+            assert lines == ["group norms of the VAE: Triton"]
+        if compiled and path != "exact":
+            mine = mine.compiled(66, 64)
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            moments = mine.encode(images)
+            with mine._autocast():
+                decoded = mine.vae.decode(latents.cuda()).sample
+        assert decoded.dtype == dtype
+        found[path] = (moments, decoded.float())
+    torch.compiler.reset()
+    for exact, usual, fused in zip(*found.values(), strict=True):
+        assert distance(fused, exact) < 1.5 * distance(usual, exact)
+
+
+def test_group_norms_reach_beyond_two_to_the_31():
+    """The last sample of 2.2 G elements is what it is alone."""
+    weight, bias, addend = torch.randn(3, 128, device="cuda")
+    maps = torch.randn(65, 512, 512, 128, device="cuda", dtype=torch.bfloat16).movedim(-1, 1)
+    for operation, given in (
+        (group_norm.group_norm, (addend, weight, bias, 32, 1e-6, True)),
+        (lambda x, bias: group_norm.add(x, x, bias), (bias,)),
+    ):
+        assert torch.equal(operation(maps, *given)[-1:], operation(maps[-1:], *given))
 
 
 SELECT = ("prune_by_learning.py", "--delta-w", "--lora", "--tau-range", 4, 4)

@@ -223,6 +223,17 @@ def add_compile(add: Callable) -> None:
     )
 
 
+def add_kernels(add: Callable) -> None:
+    """The flag of `models.operators.accelerators` and its like."""
+    add(
+        "--kernels",
+        choices=("auto", "torch"),
+        default="auto",
+        help="auto: faster kernels for operators, norms and optimiser, where they are installed "
+        "and agree with PyTorch's; torch: PyTorch's alone; CUDA only",
+    )
+
+
 def add_machine(parser: argparse.ArgumentParser) -> Callable:
     """The flags of where and how it runs; returns the group's add_argument."""
     add = parser.add_argument_group("machine").add_argument
@@ -230,11 +241,5 @@ def add_machine(parser: argparse.ArgumentParser) -> Callable:
     add("--device", help="cuda, cuda:1 or cpu (unset: CUDA where there is any)")
     add("--num-workers", type=positive, default=4, help="reader or writer threads a process")
     add_compile(add)
-    add(
-        "--kernels",
-        choices=("auto", "torch"),
-        default="auto",
-        help="auto: faster kernels for operators and optimiser, where they are installed and agree "
-        "with PyTorch's; torch: PyTorch's alone; CUDA only",
-    )
+    add_kernels(add)
     return add
