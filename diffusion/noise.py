@@ -59,7 +59,8 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
 def philox(
-    counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], key: tuple[int, int]
+    counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    key: tuple[int | torch.Tensor, int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Philox4x32-10: four int64 tensors of values 0..2**32-1, broadcast together -> four words.
 
@@ -102,6 +103,8 @@ def _words(
         raise ValueError(f"index {int(index.min())} is out of range; it must lie in 0..2**63-1.")
     index = index[:, None]  # [B,1]
     block = torch.arange(blocks, device=index.device)[None]  # [1,blocks]
+    if torch.compiler.is_compiling():  # Inductor does not take the bits of an int that varies
+        seed = torch.full((), seed, dtype=torch.int64, device=index.device)
     return philox((block, index & _WORD, index >> 32, torch.full_like(block, step)), (seed, stream))
 
 

@@ -8,6 +8,7 @@ import torch
 
 from diffusion import noise
 from diffusion.noise import NOISE, START, STEP, integers, normal, philox, uniform
+from training.compilation import FUNCTION_OPTIONS
 
 # Random123's kat_vectors: philox4x32-10, counter, key, answer
 KNOWN = [
@@ -202,6 +203,16 @@ def test_compiles_in_one_graph_for_all_steps():
     index = torch.arange(6)
     for step in range(12):
         torch.testing.assert_close(compiled(index, step), normal(5, STEP, index, (4, 8), step=step))
+
+
+def test_compiled_code_serves_all_seeds_and_steps():
+    """As Inductor makes it, which takes for a variable what has had two values."""
+    torch._dynamo.reset()
+    compiled = torch.compile(uniform, options=FUNCTION_OPTIONS)
+    index = torch.arange(3)
+    for seed, step in ((0, 0), (1, 1), (2**32 - 1, 2**32 - 1), (7, 8)):
+        expected = uniform(seed, STEP, index, (5,), step=step)
+        assert torch.equal(compiled(seed, STEP, index, (5,), step=step), expected)
 
 
 @pytest.mark.gpu
