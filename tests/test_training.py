@@ -543,3 +543,25 @@ def test_a_step_that_waits_in_vain_ends_its_process():
     assert result.returncode == 1
     assert result.stdout == "steps that end are let be\n"
     assert result.stderr.startswith("error (rank 3): a step has not ended within 0.01 minutes")
+
+
+def test_graphs_with_an_exchange_in_them_end_before_the_processes_do(monkeypatch):
+    """NCCL ends no process group before them: `stop` resets them, and a failure does not wait."""
+    told = []
+    graph = SimpleNamespace(reset=lambda: told.append("reset"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: told.append("all is done"))
+    monkeypatch.setattr(os, "_exit", told.append)
+    distributed.ends_with(graph)
+    distributed.stop()
+    assert told == ["all is done", "reset"]
+
+    def fail(args):
+        distributed.ends_with(graph)
+        raise PermissionError("no")
+
+    distributed.run(fail, Namespace())
+    assert told[2:] == [2]
+    distributed.stop()
+    with pytest.raises(SystemExit):
+        distributed.run(lambda args: (_ for _ in ()).throw(PermissionError("no")), Namespace())
+    assert told[2:] == [2, "all is done", "reset"]
