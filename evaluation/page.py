@@ -261,7 +261,8 @@ def _words(checkpoint: str | dict) -> str:
 def grid_of(file: Path, report: dict) -> bytes | None:
     """The first images of a result as a JPEG; None when they are no longer there.
 
-    They are looked for where they were scored, and where metrics.json lies.
+    They are looked for where metrics.json lies, and where they were scored: in that order, as other
+    images may have taken the place since.
     """
     scored = Path(report["samples"]["path"])
     if file.name == "metrics.json":
@@ -269,7 +270,7 @@ def grid_of(file: Path, report: dict) -> bytes | None:
     else:
         name = file.name.removesuffix(".metrics.json")
         own = [file.with_name(name), file.with_name(f"{name}.npz")]
-    for place in (scored, *own):
+    for place in (*own, scored):
         try:
             images = open_images(place)
         except (FileNotFoundError, ValueError):

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import struct
 import zipfile
 from collections import Counter, deque
@@ -21,6 +22,15 @@ READ_ERRORS += (Image.DecompressionBombError,)
 CHANGED = ("L", "LA", "La", "P", "PA", "RGBA", "RGBa", "RGBX", "1", "CMYK", "YCbCr")
 
 
+def _pictures(folder: Path) -> Iterator[Path]:
+    """The picture files of a folder and of those within and linked in it, none that is hidden."""
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
+                yield Path(place, name)
+
+
 class ImageFiles:
     """The pictures in a folder and below it, sorted by path; hidden files are left out.
 
@@ -37,11 +47,7 @@ class ImageFiles:
 
     def __init__(self, path: Path, files: Sequence[Path] | None = None):
         self.path = path
-        self.files = files or sorted(
-            file
-            for file in path.rglob("*")
-            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
-        )
+        self.files = files or sorted(_pictures(path))
         if not self.files:
             raise FileNotFoundError(f"{path} holds no images ({', '.join(SUFFIXES)})")
         height, width = _decode(self.files[0])[0].shape[:2]

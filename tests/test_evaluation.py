@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -173,8 +174,14 @@ def test_folder_is_read_nested_in_sorted_order_and_shared_out(tmp_path):
     write_pictures(tmp_path / "a", array[:3])
     (tmp_path / "b" / ".000000.png").write_bytes(b"unfinished")
     (tmp_path / "samples.json").write_text("{}")
+    write_pictures(tmp_path / "a" / ".thumbs", array[:2])
+    (tmp_path / "c.png").mkdir()
     images = open_images(tmp_path)
     assert len(images) == 7 and images.size == (8, 8)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "to").symlink_to(tmp_path / "b")
+    assert len(open_images(tmp_path / "linked")) == 4
+    shutil.rmtree(tmp_path / "linked")
     read = torch.cat(list(batches(images, 3, num_workers=2)))
     assert torch.equal(read, torch.from_numpy(array).permute(0, 3, 1, 2))
     share = torch.cat(list(batches(images, 2, share=(1, 3))))

@@ -4,6 +4,7 @@ import html.parser
 import io
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -156,6 +157,13 @@ def test_samples_that_moved_are_found_and_lost_ones_said(tmp_path):
     folder = write_scores(tmp_path / "old", {"fid": 3.0})
     moved = folder.rename(tmp_path / "new")
     assert "images/samples-1.jpg" in make(tmp_path, moved / "metrics.json")[1]
+    shown = (tmp_path / "page" / "images" / "samples-1.jpg").read_bytes()
+    shutil.copytree(moved, folder)
+    for file in folder.glob("*.png"):  # of another run, where the first one was
+        Image.new("RGB", Image.open(file).size, "red").save(file)
+    make(tmp_path, moved / "metrics.json")
+    assert (tmp_path / "page" / "images" / "samples-1.jpg").read_bytes() == shown
+    shutil.rmtree(folder)
     for file in moved.glob("*.png"):
         file.unlink()
     assert f"The samples are no longer at {folder}" in make(tmp_path, moved)[1]
