@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from training import fused_step
 from training.ema import Ema
@@ -78,6 +80,37 @@ def check_guarded_steps():
 
 def test_guarded_steps_are_those_of_pytorch():
     interpreted("check_guarded_steps")
+
+
+class Waits(TorchDispatchMode):
+    """Notes what brings a number to the host: on CUDA a wait, and refused in a capture."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            self.seen.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+def test_steps_wait_for_nothing(monkeypatch):
+    """All but the kernel's own launch, with the tables as they stand from the step before."""
+    launch = defaultdict(lambda: lambda *_, **__: None)
+    monkeypatch.setattr(fused_step, "_kernel", lambda: launch)
+    weights = [torch.nn.Parameter(torch.randn(8)) for _ in range(3)]
+    optimizer = adamw([{"params": weights[:2]}, {"params": weights[2:]}], 0.1)
+    guard = StepGuard(optimizer, 0.5, ema := Ema(torch.nn.ParameterList(weights), 0.9))
+    guard.fused = fused_step.FusedStep(optimizer, ema)
+    for _ in range(2):
+        for p in weights:
+            p.grad = torch.randn(8)
+        guard.step()
+    with Waits() as waits:
+        guard.step()
+    assert all(optimizer.state[p]["step"] == 3 for p in weights)
+    assert not waits.seen
 
 
 def test_table_covers_every_number_once():

@@ -563,7 +563,8 @@ def test_fused_steps_are_those_of_pytorch(graph):
         assert guard.skipped == 2
         states = [tensor for p in model.parameters() for tensor in optimizer.state[p].values()]
         ends[kernels] = [t.detach() for t in (*model.parameters(), *ema.averages, *states)]
-    torch.testing.assert_close(ends["auto"], ends["torch"], rtol=1e-4, atol=1e-5)
+    # PyTorch takes 1 - beta2 in float32
+    torch.testing.assert_close(ends["auto"], ends["torch"], rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()

@@ -66,7 +66,7 @@ class FusedStep:
         group, states = self.optimizer.param_groups[i], [self.optimizer.state[p] for p in weights]
         beta1, beta2 = group["betas"]
         steps = [s["step"] for s in states]
-        torch._foreach_add_(steps, 1 - bad)
+        torch._foreach_add_(steps, [1 - bad] * len(steps))  # alone it would be read as a number
         taken = torch.stack(steps).double()
         corrections = torch.stack([1 - beta1**taken, (1 - beta2**taken).sqrt()], 1).float()
         moved = [weights, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]]
