@@ -163,8 +163,9 @@ def variations_table(
                 confidences = [c for record in records for c in record["selection"]["confidence"]]
                 cells.append(f"{statistics.mean(confidences):.2f}")
                 same = agreement(records, choices(records[0], ()))[0] if len(records) > 1 else "-"
-                rows.append([operator, name, f"`{flags}`" if flags else "", *cells, same])
-    columns = ["operator", "selection", "flags", *METRICS.values(), "confidence"]
+                shown = f"`{flags}`" if flags else ""
+                rows.append([operator, name, shown, str(len(records)), *cells, same])
+    columns = ["operator", "selection", "flags", "cases", *METRICS.values(), "confidence"]
     table = testbed.table([*columns, "same in all seeds"], rows)
     return f"**{base}, learned otherwise**:\n\n{table}"
 

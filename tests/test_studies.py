@@ -115,7 +115,7 @@ def test_variations_stand_in_a_table_of_their_own(selections, monkeypatch):
     selection_study.report(selections)
     text = selections.page.read_text()
     assert rows(selections.page, ["swa", "long"]) == [
-        ["swa", "long", "`--max-steps 1800`", "0.01000", "0.30000", "3.000", "0.50", "-"]
+        ["swa", "long", "`--max-steps 1800`", "1", "0.01000", "0.30000", "3.000", "0.50", "-"]
     ]
     table = text.partition("learned otherwise")[2]
     assert "| swa | learned |" in table and "| swa | deep |" not in table
