@@ -132,6 +132,12 @@ def main(args: argparse.Namespace) -> None:
     else:
         images = open_images(args.reference)
         files = len(images)
+        if samples is not None and images.size != samples.size:
+            sizes = ["{}x{}".format(*found.size) for found in (images, samples)]
+            warn(
+                f"the reference has images of {sizes[0]} pixels, the samples of {sizes[1]}: what "
+                "either loses by resizing counts in the scores"
+            )
         reference = statistics_of(images, "reference", args.manifold_images)
     if args.save_stats is not None and world.main:
         save_stats(args.save_stats, reference, net, source=str(args.reference))

@@ -14,11 +14,9 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+from latents.images import READ_ERRORS, SUFFIXES
+
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# What Pillow raises for damaged files; some of its parsers raise a bare ValueError
-READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)
-READ_ERRORS += (Image.DecompressionBombError,)
 CHANGED = ("L", "LA", "La", "P", "PA", "RGBA", "RGBa", "RGBX", "1", "CMYK", "YCbCr")
 
 

@@ -541,6 +541,21 @@ def test_statistics_of_an_unstated_protocol_bring_one_warning(
         assert all("by pytorch-fid" in line and "--protocol adm" in line for line in lines)
 
 
+def test_images_of_two_sizes_are_scored_with_a_warning(
+    tmp_path, monkeypatch, inception_weights, capsys
+):
+    monkeypatch.setattr("evaluation.scores.frechet_distance", lambda *_: 1.0)
+    samples = write_pictures(tmp_path / "samples", pictures(3))
+    common = ("--inception-weights", inception_weights, "--device", "cpu")
+    for size, warned in ((64, 0), (32, 1)):
+        reference = write_pictures(tmp_path / f"reference{size}", pictures(3, size=size))
+        evaluate(monkeypatch, reference, samples, *common)
+        sentence = "the reference has images of 32x32 pixels, the samples of 64x64"
+        assert capsys.readouterr().out.count(f"warning: {sentence}") == warned
+        report = json.loads((tmp_path / "samples.metrics.json").read_text())
+        assert sum(sentence in w for w in report["warnings"]) == warned
+
+
 def test_two_processes_give_the_score_of_one(tmp_path, monkeypatch):
     reference = write_pictures(tmp_path / "reference", pictures(9))
     samples = write_pictures(tmp_path / "samples", pictures(7, seed=1, smooth=True))

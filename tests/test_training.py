@@ -139,6 +139,19 @@ def test_command_line_values():
                 kind(text)
 
 
+@pytest.mark.parametrize("lines", [3, 100_000], ids=["at the end", "at once"])
+def test_output_whose_reader_has_left_ends_in_silence(lines):
+    program = "import sys; from training import distributed; sys.stdin.read(); "
+    program += f"distributed.run(lambda args: print('line\\n' * {lines}), None)"
+    channels = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    root = Path(__file__).parent.parent
+    with subprocess.Popen([sys.executable, "-c", program], cwd=root, **channels) as process:
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
 def test_bad_input_is_told_from_bugs(capsys):
     def bad(args):
         raise ValueError("--flag 3: use 4")

@@ -3,6 +3,8 @@
 import errno
 import os
 import re
+import select
+import signal
 import socket
 import sys
 import threading
@@ -235,10 +237,12 @@ def run(main: Callable[[Namespace], None], args: Namespace) -> None:
     Bad input is a ValueError or FileNotFoundError that this repository raises by name, or a path
     that cannot be written, also for want of space; anything else keeps its traceback. Rank 0
     speaks at once; the others wait a moment, in which torchrun ends them when they only follow it.
+    Output whose reader has left ends it in silence.
     """
     rank = int(os.environ.get("RANK", "0"))
     try:
         main(args)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         if rank == 0:
             print("interrupted; the same command (training: with --resume auto) goes on")
@@ -249,6 +253,9 @@ def run(main: Callable[[Namespace], None], args: Namespace) -> None:
         stop()
         sys.exit(PREEMPTED)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _unheard():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left
+            _leave(128 + signal.SIGPIPE)
         if rank > 0:
             time.sleep(3)
         if not _is_bad_input(error):
@@ -268,6 +275,13 @@ def _leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _unheard() -> bool:
+    """Whether the reader of this process's output has left, as `| head` does."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _is_bad_input(error: Exception) -> bool:
