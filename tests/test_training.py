@@ -152,6 +152,33 @@ def test_output_whose_reader_has_left_ends_in_silence(lines):
     assert process.returncode == 128 + signal.SIGPIPE
 
 
+THREADS = """
+from pathlib import Path
+from training import distributed
+
+
+def threads():
+    return [p for p in Path("/proc/self/task").glob("*/comm") if "gloo" in p.read_text()]
+
+
+def main(args):
+    distributed.start("cpu")
+    assert threads()
+    distributed.stop()
+
+
+distributed.run(main, None)
+assert not threads()
+"""
+
+
+def test_threads_of_gloo_end_before_python_does():
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "alone"}
+    place |= {"RANK": "0", "WORLD_SIZE": "1"}
+    command = [sys.executable, "-c", THREADS]
+    subprocess.run(command, check=True, env=os.environ | place, cwd=Path(__file__).parent.parent)
+
+
 def test_bad_input_is_told_from_bugs(capsys):
     def bad(args):
         raise ValueError("--flag 3: use 4")

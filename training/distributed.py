@@ -1,6 +1,7 @@
 """One process or many: the same calls with and without torchrun, on CPU (gloo) and CUDA (nccl)."""
 
 import errno
+import gc
 import os
 import re
 import select
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -32,7 +34,8 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 PREEMPTED = 75  # exit code EX_TEMPFAIL, on which a scheduler can be told to requeue
 
 
-_left: list[dist.ProcessGroup] = []  # kept to the end of the process, see `stop`
+_left: list[dist.ProcessGroup] = []  # see `stop` and `_free_groups`
+_wrapped: list[weakref.ref] = []  # modules that hold a process group
 _graphs: list[torch.cuda.CUDAGraph] = []  # in which the processes meet, see `ends_with`
 
 
@@ -153,6 +156,16 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def _free_groups() -> None:
+    """Ends gloo's threads before Python does, when none of the modules that hold them is left.
+
+    A thread that asks for Python's lock once Python is ending takes the process down with it.
+    """
+    gc.collect()
+    if not any(module() is not None for module in _wrapped):
+        _left[:] = [group for group in _left if group.name() != "gloo"]
+
+
 def barrier(world: World) -> None:
     """Waits until every process is here."""
     if world.size > 1:
@@ -194,6 +207,7 @@ def wrap(
         )
     if stream is not None:
         torch.cuda.current_stream().wait_stream(stream)
+    _wrapped.append(weakref.ref(wrapped))
     return wrapped
 
 
@@ -242,6 +256,7 @@ def run(main: Callable[[Namespace], None], args: Namespace) -> None:
     rank = int(os.environ.get("RANK", "0"))
     try:
         main(args)
+        _free_groups()
         sys.stdout.flush()
     except KeyboardInterrupt:
         if rank == 0:
