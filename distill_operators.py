@@ -16,6 +16,7 @@ Outputs: <results-dir>/<prefix>-<model>/ with operators/block01.mha.<operator>.p
 """
 
 import argparse
+import math
 import time
 from dataclasses import replace
 from functools import partial
@@ -36,12 +37,12 @@ from training import arguments, checkpoint, distributed, nonfinite, precision
 from training.compilation import capture_stream, compile_functions, compile_models, graphed
 from training.distillation import (
     LOSSES,
-    PATIENCE,
     Best,
     Steps,
     Students,
     Teacher,
     build_students,
+    failures,
     name_of,
     validation,
     write_operators,
@@ -178,7 +179,7 @@ def main(args: argparse.Namespace) -> None:
         best.update(losses, errors, step)
         log.metrics(step, **{f"val_loss/{n}": v for n, v in zip(names, losses, strict=True)})
         log.metrics(step, **{f"val_error/{n}": v for n, v in zip(names, errors, strict=True)})
-        worst = max(range(len(errors)), key=errors.__getitem__)
+        worst = max(range(len(errors)), key=lambda i: (math.isnan(errors[i]), errors[i]))
         log.info(f"step {step:07d}  relative error at most {errors[worst]:.1%}, {names[worst]}")
 
     # Training
@@ -217,8 +218,10 @@ def main(args: argparse.Namespace) -> None:
                 steps_per_sec=rate,
                 images_per_sec=rate * args.global_batch_size,
             )
-            mean = sum(values.values()) / len(values)
-            log.info(f"step {step:07d}  mean loss {mean:.5f}  {rate:.2f} steps/s")
+            finite = [value for value in values.values() if math.isfinite(value)]
+            mean = sum(finite) / len(finite) if finite else math.nan
+            some = f" of {len(finite)}/{len(values)}" if len(finite) < len(values) else ""
+            log.info(f"step {step:07d}  mean loss{some} {mean:.5f}  {rate:.2f} steps/s")
             logged_step, logged_at = step, time.perf_counter()
         if step % args.val_every == 0 or step == total_steps:
             began = time.perf_counter()
@@ -230,11 +233,7 @@ def main(args: argparse.Namespace) -> None:
 
     # The operators
     skipped, in_a_row = steps.skipped()
-    lost = [
-        name
-        for i, name in enumerate(names)
-        if best.steps[i] < 0 or in_a_row[i] >= PATIENCE or 2 * skipped[i] > total_steps
-    ]
+    failed = failures(names, best, skipped, in_a_row, total_steps)
     if world.main:
         provenance = {
             "plan": plan.architecture(),
@@ -252,10 +251,10 @@ def main(args: argparse.Namespace) -> None:
     log.close()
     distributed.barrier(world)
     distributed.stop()
-    if lost:
+    if failed:
         raise ValueError(
-            f"{', '.join(lost)}: not finite, in training or validation; what was best before that "
-            "is kept. Lower --lr, or look at the data; the other operators are whole"
+            f"{'; '.join(failed)}. Lower --lr, or look at the data; the other operators are whole, "
+            f"in {folder}/operators"
         )
 
 

@@ -115,12 +115,24 @@ def test_a_block_that_fails_is_named_and_leaves_the_others(monkeypatch, folder):
     plan = plan_file(folder, "nan", [("mha", "hyena_x", [1, 4])])
     good = weights(distill(monkeypatch, folder, plan, "good"))
     monkeypatch.setattr(distill_operators, "build_students", spoilt)
-    with pytest.raises(ValueError, match=r"^block04.mha: not finite, in training"):
+    with pytest.raises(ValueError, match=r"^block04.mha: never finite .* without a distilled.yaml"):
         distill(monkeypatch, folder, plan, "nan")
     run = folder / "nan-DiT-Mini-2"
+    log = (run / "log.txt").read_text()
+    assert "mean loss of 1/2 0." in log and "relative error at most nan%, block04.mha" in log
     kept = weights(run)
     assert list(kept) == ["block01.mha.hyena_x.pt"] and not (run / "distilled.yaml").exists()
     torch.testing.assert_close(kept, {n: good[n] for n in kept}, rtol=0, atol=0)
+
+
+def test_operators_that_never_get_better_are_named(monkeypatch, folder):
+    plan = plan_file(folder, "wild", [("mha", "hyena_x", [1, 4])])
+    message = r"^block01.mha, block04.mha: never better in validation than it began.* Lower --lr"
+    with pytest.raises(ValueError, match=message):
+        distill(monkeypatch, folder, plan, "wild", "--lr", 1e3)
+    run = folder / "wild-DiT-Mini-2"
+    found = json.loads((run / "distillation.json").read_text())["operators"]
+    assert {operator["step"] for operator in found.values()} == {0}
 
 
 @pytest.mark.parametrize(

@@ -365,6 +365,28 @@ class Best:
                 mine[name].copy_(tensor)
 
 
+def failures(
+    names: Sequence[str], best: Best, skipped: list[int], in_a_row: list[int], total_steps: int
+) -> list[str]:
+    """What went wrong with which operators, one clause a kind.
+
+    Args:
+        skipped, in_a_row: steps of each operator left out in all, and up to the end.
+    """
+    kinds: dict[str, list[str]] = {}
+    for i, name in enumerate(names):
+        if best.steps[i] < 0:
+            kind = "never finite in validation, so without a file, and without a distilled.yaml"
+        elif best.steps[i] == 0 < total_steps:
+            kind = "never better in validation than it began, and kept as it began"
+        elif in_a_row[i] >= PATIENCE or 2 * skipped[i] > total_steps:
+            kind = "not finite in training, what was best before that is kept"
+        else:
+            continue
+        kinds.setdefault(kind, []).append(name)
+    return [f"{', '.join(found)}: {kind}" for kind, found in kinds.items()]
+
+
 @torch.no_grad()
 def validation(
     teacher: Teacher,
