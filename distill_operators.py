@@ -52,6 +52,7 @@ from training.optimizer import StepGuard, adamw, count, schedule
 from training.runlog import Means, RunLog, watched
 from training.validation import read_rows
 
+MILESTONES = (50, 100, 150)  # epochs
 # A resumed run must have these flags as it was begun with
 FIXED = ("num_samples", "val_samples", "loss_mha", "loss_mlp", "huber_delta", "gate_weighting")
 FIXED += ("lr", "lr_schedule", "lr_end_factor", "milestones", "lr_gamma", "warmup_steps")
@@ -64,7 +65,7 @@ def main(args: argparse.Namespace) -> None:
     dtype = precision.choose(args.precision, world.device)
     precision.allow_tf32(dtype != torch.float32)
     torch.manual_seed(args.global_seed)
-    milestones = arguments.milestones(args, default=(50, 100, 150))
+    milestones = arguments.milestones(args, default=MILESTONES)
     plan = plan_from_flags(args.config_filepath, None, args.image_size, args.num_classes)
     plan = with_base(plan, args.load_weight)
     store = open_latents(args.data_path, num_classes=plan.num_classes)
@@ -281,7 +282,7 @@ def parse_args() -> argparse.Namespace:
         help="weigh errors by the gate with which the block adds them to its input",
     )
     add = arguments.add_optimisation(parser, ema_decay=None)
-    arguments.add_schedule(add, kind="milestones")
+    arguments.add_schedule(add, kind="milestones", milestones=MILESTONES)
     arguments.add_machine(parser)
     parser.set_defaults(epochs=200, global_batch_size=64, clip_grad=10.0)
     return parser.parse_args()

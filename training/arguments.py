@@ -178,8 +178,12 @@ def add_optimisation(parser: argparse.ArgumentParser, ema_decay: float | None) -
     return add
 
 
-def add_schedule(add: Callable, kind: str) -> None:
-    """The flags of `training.optimizer.schedule`, by default of this kind."""
+def add_schedule(add: Callable, kind: str, milestones: tuple[int, ...] = ()) -> None:
+    """The flags of `training.optimizer.schedule`, by default of this kind.
+
+    milestones: what the entry takes where none are given, to be named.
+    """
+    usual = f" (default {' '.join(map(str, milestones))})" if milestones else ""
     add("--lr-schedule", choices=SCHEDULES, default=kind, help="after the warm-up")
     add("--lr-end-factor", type=share, default=0.5, help="cosine ends at this x --lr")
     add(
@@ -187,7 +191,7 @@ def add_schedule(add: Callable, kind: str) -> None:
         type=positive,
         nargs="+",
         metavar="EPOCH",
-        help="where --lr-schedule milestones multiplies the rate by --lr-gamma",
+        help=f"where --lr-schedule milestones multiplies the rate by --lr-gamma{usual}",
     )
     add("--lr-gamma", type=share, default=0.5, help="see --milestones")
     add("--warmup-steps", type=nonnegative, default=0, help="linear from 0 to --lr")
