@@ -25,7 +25,6 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from models.files import read_json
 from models.plan import load_plan, read_yaml, write_plan
 from scripts import selection_page as page
 from scripts import testbed
@@ -39,12 +38,12 @@ LEARNED = {  # from which plan
     "learned": "candidate.yaml", "learned-any": "distilled.yaml", HALVES: "distilled.yaml"
 }  # fmt: skip
 VARIED = "learned-any"
-VARIATIONS = {  # of that; what it is learned with by default stands in `make`
+VARIATIONS = {  # of that, which learns by testbed.LEARNING
     "slow-gates": ["--gate-lr", 3e-4],
     "fast-gates": ["--gate-lr", 3e-2],
     "cool-gates": ["--tau-range", 1, 0.1],
     "long": ["--max-steps", 1800],
-    "rank-8": ["--lora-rank", 8],
+    "rank-64": ["--lora-rank", 64],
     "batch-256": ["--global-batch-size", 256],
 }
 PATTERNS = (*LEARNED, "interleaved", "deep", "shallow", "top-local", "low-local", "random")
@@ -90,17 +89,7 @@ def make(case: tuple[str, str, int], args: argparse.Namespace) -> dict:
     if (operator, pattern) == UNGRAFTED:
         plan, base = REPOSITORY / "configs/mini/no_graft.yaml", ["--load-weight", BASE]
     elif pattern in LEARNED or pattern in VARIATIONS:
-        groups = budgets(operator, args) if pattern == HALVES else "2:4"
-        choices = args.work / "plans" / operator / LEARNED.get(pattern, LEARNED[VARIED])
-        entry(
-            "prune_by_learning.py", "--config", choices,
-            *testbed.data_flags(args, seed), "--prefix", f"select-{name}", "--delta-w", "--lora",
-            "--max-steps", args.selection_steps, "--lr", 3e-4, "--gate-lr", 3e-3,
-            "--ema-decay", 0.99, "--groups", groups, *args.selection_flags,
-            *VARIATIONS.get(pattern, ()),
-        )  # fmt: skip
-        chosen = args.work / "runs" / f"select-{name}-DiT-Mini-2"
-        plan, answer = chosen / "selected.yaml", read_json(chosen / "selection.json", "rerun")
+        plan, answer = learn(case, args)
     else:
         file = f"random_{seed}" if pattern == "random" else pattern
         plan = args.work / "plans" / operator / f"{file}.yaml"
@@ -123,6 +112,15 @@ def make(case: tuple[str, str, int], args: argparse.Namespace) -> dict:
             "agreement": [group["agreement"] for group in answer["groups"]],
         },
     }
+
+
+def learn(case: tuple[str, str, int], args: argparse.Namespace) -> tuple[Path, dict]:
+    """A selection by the gates: its plan, and its selection.json."""
+    operator, pattern, seed = case
+    choices = args.work / "plans" / operator / LEARNED.get(pattern, LEARNED[VARIED])
+    flags = ["--groups", budgets(operator, args) if pattern == HALVES else "2:4"]
+    flags += [*args.selection_flags, *VARIATIONS.get(pattern, ())]
+    return testbed.select(choices, "-".join(map(str, case)), seed, args, *flags)
 
 
 def budgets(operator: str, args: argparse.Namespace) -> str:

@@ -45,6 +45,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 BASE = "assets/mini/dit_mini.safetensors"
 METRICS = {"train_mse": "training MSE", "heldout_mse": "held-out MSE", "fd_mini": "fd_mini"}
 DIGITS = {"train_mse": 5, "heldout_mse": 5, "fd_mini": 3}
+# How the gates of every study learn, beside its steps and batch
+LEARNING = ["--gate-lr", 3e-3, "--tau-range", 4, 0.1, "--lora-rank", 8]
 
 
 # What most of an entry's start is spent on; imported once, by the process that all others fork from
@@ -174,6 +176,22 @@ def fingerprint(plan: Path) -> str:
     return found.hexdigest()[:16]
 
 
+def select(plan: Path, name: str, seed: int, args: argparse.Namespace, *more) -> tuple[Path, dict]:
+    """Layer selection in a plan, for `args.selection_steps`; its selected.yaml, selection.json."""
+    entry(
+        "prune_by_learning.py", "--config", plan, *data_flags(args, seed),
+        "--prefix", f"select-{name}", "--delta-w", "--lora", "--lr", 3e-4, "--ema-decay", 0.99,
+        "--max-steps", args.selection_steps, *LEARNING, *more,
+    )  # fmt: skip
+    folder = args.work / "runs" / f"select-{name}-{model_of(plan)}"
+    return folder / "selected.yaml", read_json(folder / "selection.json", "rerun")
+
+
+def model_of(plan: Path) -> str:
+    """A plan's model as the names of run folders have it."""
+    return load_plan(plan).model_name.replace("/", "-")
+
+
 def finetune(
     plan: Path, name: str, seed: int, args: argparse.Namespace, *more
 ) -> tuple[Path, dict]:
@@ -183,8 +201,7 @@ def finetune(
         "--prefix", f"tune-{name}", "--val-data-path", args.work / "train", args.work / "heldout",
         "--max-steps", args.steps, "--lr", 3e-4, "--ema-decay", 0.99, *more,
     )  # fmt: skip
-    model = load_plan(plan).model_name.replace("/", "-")
-    folder = args.work / "runs" / f"tune-{name}-{model}"
+    folder = args.work / "runs" / f"tune-{name}-{model_of(plan)}"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     found = {key: value for line in lines for key, value in line.items()}
     losses = {f"{part}_mse": found[f"val_mse/{part}"] for part in ("train", "heldout")}

@@ -1,11 +1,14 @@
 """The reports of scripts/*_study.py, on results made by hand."""
 
 import json
+import sys
 from argparse import Namespace
 
 import pytest
 from PIL import Image
 
+import prune_by_learning
+from models.plan import load_plan, write_plan
 from scripts import (
     distillation_study,
     restructuring_study,
@@ -119,6 +122,39 @@ def test_variations_stand_in_a_table_of_their_own(selections, monkeypatch):
     ]
     table = text.partition("learned otherwise")[2]
     assert "| swa | learned |" in table and "| swa | deep |" not in table
+
+
+@pytest.fixture
+def learned_with(tmp_path, monkeypatch):
+    """A function: a selection of the study -> what its entry reads from its flags."""
+    monkeypatch.setattr(sys, "argv", ["selection_study.py", "run", "--work", str(tmp_path)])
+    args = selection_study.parse_args()
+    plan = tmp_path / "plans/swa/distilled.yaml"
+    plan.parent.mkdir(parents=True)
+    write_plan(load_plan(selection_study.configured("swa")), plan, {})
+
+    def parse(*command):
+        monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+        flags = vars(prune_by_learning.parse_args())
+        run = tmp_path / "runs" / f"{flags.pop('prefix')}-DiT-Mini-2"
+        run.mkdir(parents=True)
+        (run / "selection.json").write_text(json.dumps(flags))
+
+    def read(pattern):
+        monkeypatch.setattr(testbed, "entry", parse)
+        return selection_study.learn(("swa", pattern, 0), args)[1]
+
+    return read
+
+
+def test_every_variation_is_learned_with_its_own_flags_alone(learned_with):
+    base = learned_with(selection_study.VARIED)
+    assert base["gate_lr"] == 0.003 and base["groups"] == "2:4"
+    for name, (flag, *values) in selection_study.VARIATIONS.items():
+        found = learned_with(name)
+        differing = {key: value for key, value in found.items() if value != base[key]}
+        value = values[0] if len(values) == 1 else values
+        assert differing == {flag.strip("-").replace("-", "_"): value}, name
 
 
 def test_how_far_the_numbers_of_selections_carry(selections):
