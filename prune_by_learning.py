@@ -73,6 +73,12 @@ def main(args: argparse.Namespace) -> None:
         args.choose = "pairs" if plan.parallel_pairs and not plan.grafts else "grafts"
     args.groups = args.groups or arguments.GROUPS[args.choose]
     gates = LayerGates(plan.depth, args.groups, args.pin, **gated_in(plans, args.choose))
+    if all(len(options) == 1 for options in gates.options):
+        raise ValueError(
+            f"--groups {args.groups} and --pin {' '.join(map(str, args.pin)) or 'none'} leave "
+            f"nothing to choose: with {list(gates.pinned)} pinned or without a graft, each group "
+            "has one option; let --groups keep some of the others, not all or none, or --pin fewer"
+        )
     store = open_latents(args.data_path, num_classes=plan.num_classes)
     store.check_plan(plan)
     architectures = json.dumps([each.architecture() for each in plans], sort_keys=True)
@@ -110,7 +116,10 @@ def main(args: argparse.Namespace) -> None:
             log.info(line)
     if resumed is not None:
         log.info(f"resumed at step {start_step}")
-    what = f"{len(gates.pairs)} pairs" if gates.pairs else f"{gates.variants} kinds of graft"
+    number, words = gates.variants, "kind{} of graft"
+    if gates.pairs:
+        number, words = len(gates.pairs), "pair{}"
+    what = f"{number} {words.format('s' * (number > 1))}"
     log.info(f"groups {args.groups}, pinned {list(gates.pinned)}, {what}")
     weights = [p for p in model.parameters() if p.requires_grad]
     log.info(

@@ -186,6 +186,28 @@ def test_candidates_must_be_of_the_same_model(monkeypatch, folder):
         select(monkeypatch, folder, small, "mixed", "--save-model", "x.yaml")
 
 
+@pytest.mark.parametrize("trained", [[], ["--delta-w"]])
+@pytest.mark.parametrize(
+    ("groups", "pins"), [("4:4", []), ("0:1", []), ("2:4", [0, 1, 6, 7, 8, 11])]
+)
+def test_without_a_choice_nothing_is_trained(monkeypatch, folder, groups, pins, trained):
+    plan = plan_file(folder, "settled", [("mha", "swa", list(range(12)), {})])
+    flags = ["--groups", groups, "--pin", *pins, *trained]
+    with pytest.raises(ValueError, match="leave nothing to choose: ") as caught:
+        select(monkeypatch, folder, plan, "settled", *flags)
+    assert f"--groups {groups} and --pin {' '.join(map(str, pins)) or 'none'} leave" in str(
+        caught.value
+    )
+    assert not list(folder.glob("settled-DiT*"))
+
+
+def test_one_group_with_a_choice_is_enough(monkeypatch, folder):
+    plan = plan_file(folder, "enough", [("mha", "swa", list(range(12)), {})])
+    run, answer = select(monkeypatch, folder, plan, "enough", "--groups", "4:4,1:4,0:4")
+    assert [len(group["options"]) for group in answer["groups"]] == [1, 4, 1]
+    assert "pinned [], 1 kind of graft\n" in (run / "log.txt").read_text()
+
+
 def test_agreement_counts_the_last_tenth_of_the_steps(tmp_path, folder):
     plan = load_plan(plan_file(folder, "few", [("mha", "swa", list(range(12)), {})]))
     gates = LayerGates(12, "1:2")
