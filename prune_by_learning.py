@@ -34,6 +34,7 @@ from latents.store import open_latents
 from models.grafting import build_open, gated_in, load_plan, new_parts, with_base
 from models.operators.accelerators import accelerate
 from models.plan import plan_from_flags
+from models.provenance import environment
 from models.recompute import recompute
 from models.selection import GatedDiT, LayerGates, settle, summary
 from training import arguments, checkpoint, distributed, nonfinite, precision
@@ -246,6 +247,7 @@ def main(args: argparse.Namespace) -> None:
             "world_size": world.size,
             "device": world.device.type,
             "precision": str(dtype).removeprefix("torch."),
+            **environment(world.device),
         }
         write_answer(folder, answer, average, plans, reports, provenance)
         if args.save_model is not None:

@@ -37,7 +37,7 @@ import torch
 
 from models.files import read_json, write_json, write_whole
 from models.plan import find_file, load_plan
-from models.provenance import environment
+from models.provenance import environment, hardware
 from training import arguments
 from training.preemption import SIGNALS
 
@@ -64,16 +64,17 @@ def entry(*command, threads: int = 1) -> None:
     with _starting:
         work = _workers().submit(_work, words, threads)
     try:
-        failure, seconds = work.result()
+        failure, seconds, device = work.result()
     except BrokenProcessPool as broken:
         raise ValueError(f"{' '.join(words)}: a process died, this one or another") from broken
     if failure:
         raise ValueError(failure)
     _spent.seconds = getattr(_spent, "seconds", 0.0) + seconds
+    _spent.hardware = getattr(_spent, "hardware", set()) | {device}
 
 
 _starting = threading.Lock()
-_spent = threading.local()  # seconds of entries that a thread has waited for
+_spent = threading.local()  # seconds of entries that a thread has waited for, and their hardware
 
 
 @cache
@@ -100,8 +101,8 @@ def _begin(cards: list[str], counted: Synchronized) -> None:
     os.chdir(REPOSITORY)
 
 
-def _work(words: list[str], threads: int) -> tuple[str, float]:
-    """An entry, in a worker -> what it said where it failed, else "", and its seconds."""
+def _work(words: list[str], threads: int) -> tuple[str, float, str]:
+    """An entry, in a worker -> what it said where it failed, else "", its seconds and hardware."""
     began = time.monotonic()
     torch.set_num_threads(threads)
     before = [os.dup(number) for number in (1, 2)]
@@ -125,11 +126,13 @@ def _work(words: list[str], threads: int) -> tuple[str, float]:
             for number in SIGNALS:  # which a training that failed still listens to
                 signal.signal(number, signal.SIG_DFL)
         gc.collect()
+        device = torch.device("cpu")
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
+            device = torch.device("cuda", torch.cuda.current_device())
         heard.seek(0)
         failure = f"{' '.join(words)}\n{heard.read()[-3000:]}" if failed else ""
-    return failure, time.monotonic() - began
+    return failure, time.monotonic() - began, hardware(device)
 
 
 def encode(work: Path) -> None:
@@ -274,9 +277,10 @@ def run_cases(
     def finish(name: str, works: dict[Callable, Future]) -> None:
         for work in before(names[name]):
             works[work].result()
-        _spent.seconds = 0.0
+        _spent.seconds, _spent.hardware = 0.0, set()
         result = make(names[name]) | {"seconds": round(_spent.seconds, 1)}
-        result |= {"settings": settings, **environment()}
+        # as the workers tell it: this process leaves CUDA alone
+        result |= {"settings": settings, **environment(), "hardware": sorted(_spent.hardware)}
         write_json(args.results / f"{name}.json", result)
         shown = (f"{title} {result[key]:.5f}" for key, title in METRICS.items() if key in result)
         print(f"{name}: {'  '.join(shown)}", flush=True)
@@ -328,10 +332,16 @@ def headline(records: list[dict]) -> str:
     revisions = {str(record["git_revision"]) for record in records}
     short = (r[:8] + "-dirty" * r.endswith("-dirty") for r in sorted(revisions))
     versions = sorted({record["torch"] for record in records})
+    told = [record["hardware"] for record in records if "hardware" in record]
+    where = ""
+    if told:
+        which = f", {len(told)} of {len(records)} cases" if len(told) < len(records) else ""
+        where = f"{which} on {', '.join(sorted({name for names in told for name in names}))}"
     return (
         f"{shared['distill_steps']} distillation steps and {shared['steps']} finetuning steps of "
         f"{shared['batch']} images, {shared['num_samples']} samples; mean ± standard deviation. "
-        f"{took}Made at revision {', '.join(short)} with PyTorch {', '.join(versions)}."
+        f"{took}Made at revision {', '.join(short)} with PyTorch {', '.join(versions)}"
+        f"{where}."
     )
 
 

@@ -1,6 +1,7 @@
 """The reports of scripts/*_study.py, on results made by hand."""
 
 import json
+import os
 import sys
 from argparse import Namespace
 
@@ -303,6 +304,41 @@ def test_operators_of_two_distillations_are_not_compared(tmp_path):
     write(tmp_path, "d", seed=1, stage_one="three")
     with pytest.raises(ValueError, match="results of 1 hold operators of several distillations"):
         testbed.results(tmp_path, "seed")
+
+
+def test_headline_says_on_what_results_were_made(tmp_path):
+    for seed in (0, 1):
+        write(tmp_path, str(seed), seed=seed)
+    assert testbed.headline(testbed.results(tmp_path)).endswith("with PyTorch 2.11.0.")
+    write(tmp_path, "2", seed=2, hardware=["Card B (cuda)", "Card A (cuda)"])
+    told = "with PyTorch 2.11.0, 1 of 3 cases on Card A (cuda), Card B (cuda)."
+    assert testbed.headline(testbed.results(tmp_path)).endswith(told)
+    for seed in (0, 1):
+        write(tmp_path, str(seed), seed=seed, hardware=["Card A (cuda)"])
+    told = "with PyTorch 2.11.0 on Card A (cuda), Card B (cuda)."
+    assert testbed.headline(testbed.results(tmp_path)).endswith(told)
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A function: runs cases that unpack the testbed's pictures, all over again."""
+
+    def run(cases, settings, **more):
+        def make(case):
+            testbed.entry("scripts/unpack_mini.py", "--out", tmp_path / case[0])
+            return {"seed": case[1]}
+
+        args = Namespace(results=tmp_path / "results", jobs=1)
+        testbed.run_cases(cases, make, lambda case: (), args, settings, **more)
+        return [json.loads(path.read_text()) for path in sorted(args.results.iterdir())]
+
+    return run
+
+
+def test_a_result_names_what_its_entries_ran_on(study):
+    (record,) = study([("one", 0)], {})
+    cores = len(os.sched_getaffinity(0))
+    assert record["hardware"] == [f"{cores} processors (cpu)"] and record["seed"] == 0
 
 
 def test_a_worker_says_what_a_failed_entry_said_and_goes_on(tmp_path):

@@ -13,7 +13,6 @@ from models.files import file_sha256, naming, write_json
 from models.graft_plan import PAIR
 from models.grafting import LoadReport, build_choices
 from models.plan import GraftPlan, write_plan
-from models.provenance import environment
 from models.selection import LayerGates, settle
 from models.weights import SLOTS
 from training.checkpoint import write_tensors
@@ -123,7 +122,7 @@ def write_answer(
         for p in plans
     ]
     content = {**answer, "plan": "selected.yaml", "trajectory": TRAJECTORY, "configs": configs}
-    content |= {"weights": weights, **provenance, **environment()}
+    content |= {"weights": weights, **provenance}
     write_json(folder / "selection.json", content)
     if _records(folder / TRAJECTORY):
         plot_trajectory(folder / TRAJECTORY, gates, folder / "trajectory.png")
