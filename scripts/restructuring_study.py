@@ -131,6 +131,7 @@ def make(case: tuple[str, str, int], args: argparse.Namespace) -> dict:
         "layers": len(costs.meta_model(load_plan(plan)).layers),
         "pairs": [list(pair) for pair in load_plan(plan).parallel_pairs],
         "confidence": answer and [group["confidence"] for group in answer["groups"]],
+        "learned_with": answer and testbed.learned_with(answer),
         "parameters": model.parameters,
         "gmac": model.work.multiply_adds / 1e9,
         **losses,

@@ -9,7 +9,8 @@ learned-any: every block may be grafted; learned-halves: a choice over each half
 budgets are those of low-local; and variations of learned-any), writes the guesses with
 scripts/guess_plans.py, and gives every plan the same finetuning, sampling and scoring by the
 ordinary entries, and the same to the base model without a graft. Each finished case is one small
-JSON in --results; started again, it makes the cases that are missing. `report` turns the JSONs into
+JSON in --results; started again, it makes the cases that are missing, or whose flags are others by
+now. `report` turns the JSONs into
 the tables of docs/selection.md (between its two markers), docs/images/selection_study.png and
 docs/images/selection_blocks.png.
 """
@@ -108,6 +109,7 @@ def make(case: tuple[str, str, int], args: argparse.Namespace) -> dict:
         "selection": None
         if answer is None
         else {
+            **testbed.learned_with(answer),
             "confidence": [group["confidence"] for group in answer["groups"]],
             "agreement": [group["agreement"] for group in answer["groups"]],
         },
@@ -151,7 +153,21 @@ def run(args: argparse.Namespace) -> None:
         lambda case: works.get(case[0], ()),
         args,
         {name: getattr(args, name) for name in names},
+        lambda case: VARIATIONS.get(case[1], []),
     )
+
+
+def check_of_this_study(record: dict, folder: Path) -> None:
+    """ValueError for a result of a selection that the study no longer has, or has otherwise."""
+    operator, pattern = record["operator"], record["pattern"]
+    flags = VARIATIONS.get(pattern, [])
+    if pattern not in PATTERNS and (operator, pattern) != UNGRAFTED:
+        what = "is of no selection of this study: delete it"
+    elif record.get("flags", flags) != flags:
+        what = f"was made with the flags {record['flags']}, not {flags}: make it anew with `run`"
+    else:
+        return
+    raise ValueError(f"{folder}/{operator}-{pattern}-{record['seed']}.json: {what}")
 
 
 def report(args: argparse.Namespace) -> None:
@@ -159,6 +175,7 @@ def report(args: argparse.Namespace) -> None:
     records = testbed.results(args.results, "operator")
     varied = defaultdict(list)
     for record in records:
+        check_of_this_study(record, args.results)
         of = varied if record["pattern"] in VARIATIONS else groups
         of[record["operator"], record["pattern"]].append(record)
     operators = sorted({operator for operator, _ in groups} - {UNGRAFTED[0]})

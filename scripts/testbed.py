@@ -47,6 +47,10 @@ METRICS = {"train_mse": "training MSE", "heldout_mse": "held-out MSE", "fd_mini"
 DIGITS = {"train_mse": 5, "heldout_mse": 5, "fd_mini": 3}
 # How the gates of every study learn, beside its steps and batch
 LEARNING = ["--gate-lr", 3e-3, "--tau-range", 4, 0.1, "--lora-rank", 8]
+# What a result records of it, as prune_by_learning.py read it
+LEARNED_BY = ("max_steps", "global_batch_size", "lr", "gate_lr", "tau_range", "scaling_range")
+LEARNED_BY += ("delta_w", "lora", "lora_rank", "lora_alpha", "ema_decay", "clip_grad")
+LEARNED_BY += ("class_dropout",)
 
 
 # What most of an entry's start is spent on; imported once, by the process that all others fork from
@@ -190,6 +194,16 @@ def select(plan: Path, name: str, seed: int, args: argparse.Namespace, *more) ->
     return folder / "selected.yaml", read_json(folder / "selection.json", "rerun")
 
 
+def learned_with(answer: dict) -> dict:
+    """How the gates of a selection.json learned, and what they chose from."""
+    return {
+        "groups": answer["groups_spec"],
+        "pinned": answer["pinned"],
+        "precision": answer["precision"],
+        "settings": {name: answer["settings"][name] for name in LEARNED_BY},
+    }
+
+
 def model_of(plan: Path) -> str:
     """A plan's model as the names of run folders have it."""
     return load_plan(plan).model_name.replace("/", "-")
@@ -239,18 +253,26 @@ def score(plan: Path, name: str, seed: int, args: argparse.Namespace, *weights) 
     return {"fd_mini": read_json(folder / "metrics.json", "rerun")["metrics"]["fd_mini"]}
 
 
-def is_made(path: Path, settings: dict) -> bool:
-    """Whether a case has its result; ValueError where that is of another study."""
+def is_made(path: Path, settings: dict, flags: list) -> bool:
+    """Whether a case has its result, made with the flags that are its own.
+
+    A result without a record of flags is of a case without any. ValueError where it is of another
+    study.
+    """
     if not path.is_file():
         return False
-    found = read_json(path, "delete it")["settings"]
+    record = read_json(path, "delete it")
+    found = record["settings"]
     for name, value in settings.items():
         if found.get(name) != value:
             raise ValueError(
                 f"{path}: was made with {name} {found.get(name)}, this study has {value}: give "
                 "another --results, or delete it"
             )
-    return True
+    before = record.get("flags", [])
+    if before != flags:
+        print(f"{path}: was made with the flags {before}, is made anew with {flags}", flush=True)
+    return before == flags
 
 
 def run_cases(
@@ -259,6 +281,7 @@ def run_cases(
     before: Callable[[tuple], Sequence[Callable[[], None]]],
     args: argparse.Namespace,
     settings: dict,
+    flags: Callable[[tuple], list] = lambda case: [],
 ) -> None:
     """Makes the cases without a result, `args.jobs` at a time, and writes each as it ends.
 
@@ -268,10 +291,15 @@ def run_cases(
         before: what must be done before a case, `args.jobs` of them at a time; once, where several
             cases name the same object.
         settings: what every result of the study shares; written into each.
+        flags: gives those of the study that a case has to itself; written into its result.
     """
     args.results.mkdir(parents=True, exist_ok=True)
     names = {"-".join(map(str, case)): case for case in cases}
-    missing = [n for n in names if not is_made(args.results / f"{n}.json", settings)]
+    missing = [
+        name
+        for name, case in names.items()
+        if not is_made(args.results / f"{name}.json", settings, flags(case))
+    ]
     wanted = dict.fromkeys(work for name in missing for work in before(names[name]))
 
     def finish(name: str, works: dict[Callable, Future]) -> None:
@@ -279,8 +307,9 @@ def run_cases(
             works[work].result()
         _spent.seconds, _spent.hardware = 0.0, set()
         result = make(names[name]) | {"seconds": round(_spent.seconds, 1)}
-        # as the workers tell it: this process leaves CUDA alone
-        result |= {"settings": settings, **environment(), "hardware": sorted(_spent.hardware)}
+        # the hardware as the workers tell it: this process leaves CUDA alone
+        about = {**environment(), "hardware": sorted(_spent.hardware)}
+        result |= {"settings": settings, "flags": flags(names[name]), **about}
         write_json(args.results / f"{name}.json", result)
         shown = (f"{title} {result[key]:.5f}" for key, title in METRICS.items() if key in result)
         print(f"{name}: {'  '.join(shown)}", flush=True)

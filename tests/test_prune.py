@@ -13,6 +13,7 @@ import prune_by_learning
 from models.dit import build_dit
 from models.grafting import build_choices, build_grafted, load_plan, with_base
 from models.selection import LayerGates
+from scripts import testbed
 from training.distributed import World
 from training.selection_report import decision, write_trajectory_line
 
@@ -205,6 +206,10 @@ def test_one_group_with_a_choice_is_enough(monkeypatch, folder):
     plan = plan_file(folder, "enough", [("mha", "swa", list(range(12)), {})])
     run, answer = select(monkeypatch, folder, plan, "enough", "--groups", "4:4,1:4,0:4")
     assert [len(group["options"]) for group in answer["groups"]] == [1, 4, 1]
+    found = testbed.learned_with(answer)
+    assert found["groups"] == "4:4,1:4,0:4" and found["precision"] == "float32"
+    read = {"gate_lr": 0.01, "tau_range": [4.0, 0.1], "lora_rank": 8, "max_steps": 2}
+    assert read.items() <= found["settings"].items()
     assert "pinned [], 1 kind of graft\n" in (run / "log.txt").read_text()
 
 

@@ -341,6 +341,62 @@ def test_a_result_names_what_its_entries_ran_on(study):
     assert record["hardware"] == [f"{cores} processors (cpu)"] and record["seed"] == 0
 
 
+def test_cases_of_other_flags_are_made_anew(study, capsys):
+    cases, flags = [("main", 0), ("varied", 0)], {"main": [], "varied": ["--rate", 0.5]}
+    for record in study(cases, {"steps": 1}, flags=lambda case: flags[case[0]]):
+        assert record["flags"] in flags.values()
+    capsys.readouterr()
+
+    def made_again():
+        study(cases, {"steps": 1}, flags=lambda case: flags[case[0]])
+        return [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+
+    assert made_again() == []
+    flags["varied"] = ["--rate", 0.25]
+    path, name = made_again()
+    assert path.endswith("/varied-0.json") and name == "varied-0"
+    assert made_again() == []
+
+
+def test_results_from_before_flags_were_recorded(tmp_path):
+    write(tmp_path, "old", settings={"steps": 1})
+    assert testbed.is_made(tmp_path / "old.json", {"steps": 1}, [])
+    assert not testbed.is_made(tmp_path / "old.json", {"steps": 1}, ["--rate", 0.5])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "flags", "message"),
+    [
+        ("rank-8", ["--lora-rank", 8], "is of no selection of this study: delete it"),
+        ("rank-64", ["--lora-rank", 8], "was made with the flags .*8.*, not .*64.*: make it anew"),
+        ("deep", ["--gate-lr", 1], "was made with the flags .*, not .*: make it anew with `run`"),
+    ],
+)
+def test_results_that_the_study_no_longer_has(selections, pattern, flags, message):
+    record = {"operator": "swa", "pattern": pattern, "seed": 7, "flags": flags}
+    write(selections.results, f"swa-{pattern}-7", **record)
+    with pytest.raises(ValueError, match=f"swa-{pattern}-7.json: {message}"):
+        selection_study.report(selections)
+
+
+def test_a_learned_result_says_how_it_was_learned(tmp_path, monkeypatch):
+    plan = selection_study.configured("swa")
+    groups = [{"confidence": 0.5, "agreement": 1.0}]
+    settings = {name: name for name in testbed.LEARNED_BY} | {"data_path": "somewhere"}
+    answer = {"groups": groups, "groups_spec": "2:4", "pinned": [0]}
+    answer |= {"precision": "float32", "settings": settings}
+    monkeypatch.setattr(selection_study, "learn", lambda case, args: (plan, answer))
+    monkeypatch.setattr(testbed, "finetune", lambda *about: ("last.pt", {}))
+    monkeypatch.setattr(testbed, "score", lambda *about: {})
+    monkeypatch.setattr(testbed, "fingerprint", lambda plan: "same")
+    record = selection_study.make(("swa", "long", 0), Namespace(work=tmp_path))
+    del settings["data_path"]
+    assert record["selection"] == {
+        "groups": "2:4", "pinned": [0], "precision": "float32", "settings": settings,
+        "confidence": [0.5], "agreement": [1.0],
+    }  # fmt: skip
+
+
 def test_a_worker_says_what_a_failed_entry_said_and_goes_on(tmp_path):
     with pytest.raises(ValueError, match="(?s)sample_ddp_finetuned.py --config .*no such file"):
         testbed.entry("sample_ddp_finetuned.py", "--config", tmp_path / "nowhere.yaml")
