@@ -10,9 +10,8 @@ budgets are those of low-local; and variations of learned-any), writes the guess
 scripts/guess_plans.py, and gives every plan the same finetuning, sampling and scoring by the
 ordinary entries, and the same to the base model without a graft. Each finished case is one small
 JSON in --results; started again, it makes the cases that are missing, or whose flags are others by
-now. `report` turns the JSONs into
-the tables of docs/selection.md (between its two markers), docs/images/selection_study.png and
-docs/images/selection_blocks.png.
+now. `report` turns the JSONs into the tables of docs/selection.md (between its two markers),
+docs/images/selection_study.png and docs/images/selection_blocks.png.
 """
 
 import argparse
@@ -185,15 +184,17 @@ def report(args: argparse.Namespace) -> None:
         (operator, "learned"): set(range(page.DEPTH)) - set(candidates(operator))
         for operator in operators
     }
-    steps = records[0]["settings"]["selection_steps"]
-    text = [f"{steps} steps of selection, {testbed.headline(records)}"]
+    settings = records[0]["settings"]
+    text = [f"{settings['selection_steps']} steps of selection, {testbed.headline(records)}"]
     text.append(page.memory(groups))
     text += [page.operator_table(operator, groups) for operator in operators]
     text.append(page.duels_table(operators, groups))
     text.append(page.spread_table(operators, groups))
     text.append(page.learned_table(operators, groups, pinned))
-    told = {name: " ".join(map(str, flags)) for name, flags in VARIATIONS.items()}
     if varied:
+        flags = [*testbed.LEARNING, "--max-steps", settings["selection_steps"]]
+        flags += ["--global-batch-size", settings["batch"], *settings.get("selection_flags", ())]
+        told = {VARIED: flags, **VARIATIONS}
         text.append(page.variations_table(operators, groups, varied, VARIED, told))
     images = args.page.parent / "images"
     page.plot_metrics(operators, groups, images / "selection_study.png")

@@ -112,17 +112,32 @@ def test_variations_stand_in_a_table_of_their_own(selections, monkeypatch):
         seed=0,
         grafted=choose(1),
         train_mse=0.01,
-        heldout_mse=0.3,
-        fd_mini=3.0,
-        selection={"confidence": [0.5] * 7, "agreement": [1.0] * 7},
+        heldout_mse=0.375,
+        fd_mini=5.5,
+        selection={"confidence": [0.5] * 7, "agreement": [0.25] * 7},
     )
     selection_study.report(selections)
-    text = selections.page.read_text()
+    # seed 0 of learned has 0.03, 0.37 and 5.0, and keeps 2 where this keeps 1
+    changes = ["-0.02000", "+0.00500", "+0.500", "1.0 of 14", "0.50", "0.25"]
     assert rows(selections.page, ["swa", "long"]) == [
-        ["swa", "long", "`--max-steps 1800`", "1", "0.01000", "0.30000", "3.000", "0.50", "-"]
+        ["swa", "long", "`--max-steps 1800`", "1", *changes]
     ]
-    table = text.partition("learned otherwise")[2]
-    assert "| swa | learned |" in table and "| swa | deep |" not in table
+    flags = "`--gate-lr 0.003 --tau-range 4 0.1 --lora-rank 8 --max-steps 3 --global-batch-size 2`"
+    means = ["0.03100", "0.37000", "4.500", "-", "0.64", "1.00"]
+    assert rows(selections.page, ["swa", "learned"])[-1] == ["swa", "learned", flags, "2", *means]
+    assert "| swa | deep |" not in selections.page.read_text().partition("learned otherwise")[2]
+
+
+def test_a_variation_is_compared_on_its_own_seeds(selections):
+    records = [r for r in testbed.results(selections.results) if r["pattern"] == "learned"]
+    other = {"grafted": choose(2), "train_mse": 0.04, "heldout_mse": 0.4, "fd_mini": 5.0}
+    other |= {"selection": records[0]["selection"]}
+    varied = {("swa", "long"): [other | {"seed": 1}, other | {"seed": 2}]}  # there is no base of 2
+    told = {"learned": ["--a", 1], "long": ["--a", 2]}
+    groups = {("swa", "learned"): records}
+    table = selection_page.variations_table(["swa"], groups, varied, "learned", told)
+    row = table.splitlines()[-1].strip("| ").split(" | ")
+    assert row[:8] == ["swa", "long", "`--a 2`", "1", "+0.00800", "+0.03000", "+1.000", "1.0 of 14"]
 
 
 @pytest.fixture
