@@ -241,7 +241,7 @@ def main(args: argparse.Namespace) -> None:
             "settings": vars(args),
             "teacher": {"file": str(plan.base_ckpt_path), "sha256": teacher_sha256},
             "latents": store.manifest,
-            **environment(),
+            **environment(world.device),
         }
         files = write_operators(folder, plan, best, skipped, provenance)
         if len(files) == len(slots):

@@ -161,6 +161,7 @@ def main(args: argparse.Namespace) -> None:
                 record=record,
                 notes=notes,
                 doubts=doubts,
+                device=world.device,
             )
             write_json(output, report)
             print(table(report))

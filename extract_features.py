@@ -28,10 +28,11 @@ from latents import group_norm
 from latents.captions import FOLDER, CaptionWriter, read_captions
 from latents.captions import describe as describe_captions
 from latents.codec import Codec, encode_rows, load_codec
-from latents.images import CaptionedImages, LabelledImages, collate, usable_cpus
+from latents.images import CaptionedImages, LabelledImages, collate
 from latents.store import StoreWriter, joined, open_latents
 from latents.text import load_text_encoder
 from models.presets import MAX_TOKENS
+from models.provenance import usable_cpus
 from training import arguments, distributed, precision
 from training.extraction import begin, embed_captions
 from training.runlog import RunLog, watched

@@ -34,6 +34,7 @@ from latents.store import open_latents
 from models.grafting import build_open, gated_in, load_plan, new_parts, with_base
 from models.operators.accelerators import accelerate
 from models.plan import plan_from_flags
+from models.provenance import environment
 from models.recompute import recompute
 from models.selection import GatedDiT, LayerGates, settle, summary
 from training import arguments, checkpoint, distributed, nonfinite, precision
@@ -73,6 +74,12 @@ def main(args: argparse.Namespace) -> None:
         args.choose = "pairs" if plan.parallel_pairs and not plan.grafts else "grafts"
     args.groups = args.groups or arguments.GROUPS[args.choose]
     gates = LayerGates(plan.depth, args.groups, args.pin, **gated_in(plans, args.choose))
+    if all(len(options) == 1 for options in gates.options):
+        raise ValueError(
+            f"--groups {args.groups} and --pin {' '.join(map(str, args.pin)) or 'none'} leave "
+            f"nothing to choose: with {list(gates.pinned)} pinned or without a graft, each group "
+            "has one option; let --groups keep some of the others, not all or none, or --pin fewer"
+        )
     store = open_latents(args.data_path, num_classes=plan.num_classes)
     store.check_plan(plan)
     architectures = json.dumps([each.architecture() for each in plans], sort_keys=True)
@@ -110,7 +117,10 @@ def main(args: argparse.Namespace) -> None:
             log.info(line)
     if resumed is not None:
         log.info(f"resumed at step {start_step}")
-    what = f"{len(gates.pairs)} pairs" if gates.pairs else f"{gates.variants} kinds of graft"
+    number, words = gates.variants, "kind{} of graft"
+    if gates.pairs:
+        number, words = len(gates.pairs), "pair{}"
+    what = f"{number} {words.format('s' * (number > 1))}"
     log.info(f"groups {args.groups}, pinned {list(gates.pinned)}, {what}")
     weights = [p for p in model.parameters() if p.requires_grad]
     log.info(
@@ -237,6 +247,7 @@ def main(args: argparse.Namespace) -> None:
             "world_size": world.size,
             "device": world.device.type,
             "precision": str(dtype).removeprefix("torch."),
+            **environment(world.device),
         }
         write_answer(folder, answer, average, plans, reports, provenance)
         if args.save_model is not None:

@@ -18,6 +18,7 @@ rounding. A run that was stopped goes on with the images that are missing.
 
 import argparse
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -121,7 +122,8 @@ def main(args: argparse.Namespace) -> None:
     }
     if prompts is not None:
         settings |= {"labels": None, **prompts.settings(encoder)}
-    distributed.decide(world, lambda: describe_run(folder, settings, complete=False))
+    describe = partial(describe_run, folder, settings, device=world.device)
+    distributed.decide(world, lambda: describe(complete=False))
 
     def file_of(image: int) -> Path:
         return prompts.file_of(folder, image) if prompts else folder / f"{image:06d}.png"
@@ -203,7 +205,7 @@ def main(args: argparse.Namespace) -> None:
         if args.npz and prompts is None:
             made.append(f"{folder}.npz")
             save_npz(Path(made[2]), files, args.num_workers)
-        describe_run(folder, settings, complete=True)
+        describe(complete=True)
         print(f"done: {', '.join(made)}")
     distributed.barrier(world)
     distributed.stop()

@@ -127,6 +127,7 @@ def build_report(
     record: dict | None,
     notes: list[str],
     doubts: list[str],
+    device: torch.device,
 ) -> dict:
     """The content of metrics.json.
 
@@ -158,7 +159,7 @@ def build_report(
         "warnings": doubts,
         "torchvision": torchvision.__version__,
         "cuda": torch.version.cuda,
-        **environment(),
+        **environment(device),
     }
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from evaluation.readers import ImageFiles, batches
@@ -43,7 +44,9 @@ def default_name(args: Namespace, model_name: str, checkpoint: str | None) -> st
     return re.sub(r"[^A-Za-z0-9._+-]", "-", name)
 
 
-def describe_run(folder: Path, settings: dict, complete: bool) -> None:
+def describe_run(
+    folder: Path, settings: dict, complete: bool, device: torch.device | None = None
+) -> None:
     """Writes `folder`/samples.json; refuses a folder whose images were made with other settings.
 
     More images of the same run may be added, and files may have moved where their hash is the
@@ -52,6 +55,7 @@ def describe_run(folder: Path, settings: dict, complete: bool) -> None:
     Args:
         settings: all that the images depend on; `num_samples`: images 000000.png and on.
         complete: False before the first image is drawn, True when all are there.
+        device: what they are drawn on.
 
     Raises:
         ValueError: naming the setting and both values; or samples.json is torn, or the folder
@@ -82,7 +86,7 @@ def describe_run(folder: Path, settings: dict, complete: bool) -> None:
     elif folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder}: holds files but no samples.json; choose another folder")
     remove_stale(folder)
-    write_json(path, {"complete": complete, "settings": settings, **environment()})
+    write_json(path, {"complete": complete, "settings": settings, **environment(device)})
 
 
 def save_png(path: Path, image: np.ndarray) -> None:

@@ -177,10 +177,3 @@ def collate(items: list[Item]) -> tuple[torch.Tensor, np.ndarray, torch.Tensor, 
     labels = np.array([label for _, label, _ in whole], dtype=np.int64)
     places = torch.tensor([place for _, _, place in whole], dtype=torch.int64)
     return images, labels, places, errors
-
-
-def usable_cpus() -> int:
-    """Cores that this process may use; where the system does not say, all."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -113,7 +113,7 @@ def main(args: argparse.Namespace) -> None:
         "seed": args.seed,
         "precision": str(dtype).removeprefix("torch."),
         "weights": {n: {"file": shown(f), "sha256": file_sha256(f)} for n, f in files.items()},
-        **environment(),
+        **environment(world.device),
     }
     write_json(args.out / "locality.json", content)
     write_whole(args.out / "locality.png", lambda path: draw(path, content, meter.maps()))

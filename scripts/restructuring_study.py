@@ -35,12 +35,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from latents.loader import epoch_order
 from models import costs
-from models.files import read_json, write_whole
+from models.files import write_whole
 from models.plan import load_plan, read_yaml, write_plan
 from models.weights import read_state
 from scripts import testbed
 from scripts.guess_plans import interleave
-from scripts.testbed import BASE, METRICS, REPOSITORY, entry
+from scripts.testbed import BASE, METRICS, REPOSITORY
 from training import arguments, distributed
 
 RESULTS = REPOSITORY / "docs" / "results" / "restructuring"
@@ -97,13 +97,7 @@ def choose(
     plan = load_plan(distilled)
     firsts = [pair[0] for pair in plan.parallel_pairs]
     if half == "half-learned":
-        entry(
-            "prune_by_learning.py", "--config", distilled, *testbed.data_flags(args, seed),
-            "--prefix", f"{half}-{seed}", "--delta-w", "--lora", "--lr", 3e-4, "--gate-lr", 3e-3,
-            "--max-steps", args.selection_steps, "--ema-decay", 0.99, *args.selection_flags,
-        )  # fmt: skip
-        run = args.work / "runs" / f"{half}-{seed}-DiT-Mini-2"
-        return run / "selected.yaml", read_json(run / "selection.json", "rerun")
+        return testbed.select(distilled, f"{half}-{seed}", seed, args, *args.selection_flags)
     if half == "half-random":
         chosen = epoch_order(len(firsts), seed, epoch=0).tolist()[: len(firsts) // 2]
     else:
@@ -137,6 +131,7 @@ def make(case: tuple[str, str, int], args: argparse.Namespace) -> dict:
         "layers": len(costs.meta_model(load_plan(plan)).layers),
         "pairs": [list(pair) for pair in load_plan(plan).parallel_pairs],
         "confidence": answer and [group["confidence"] for group in answer["groups"]],
+        "learned_with": answer and testbed.learned_with(answer),
         "parameters": model.parameters,
         "gmac": model.work.multiply_adds / 1e9,
         **losses,

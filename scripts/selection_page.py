@@ -137,9 +137,7 @@ def learned_table(operators: Sequence[str], groups: Groups, pinned: Mapping) -> 
                 continue
             spans = choices(records[0], pinned.get((operator, pattern), ()))
             row = [operator, pattern, str(len(records)), words(comb(n, k) for _, n, k in spans)]
-            for key in ("confidence", "agreement"):
-                values = [record["selection"][key] for record in records]
-                row.append(f"{statistics.mean(v for of_run in values for v in of_run):.2f}")
+            row += [gates_mean(records, key) for key in ("confidence", "agreement")]
             rows.append(row + (agreement(records, spans) if len(records) > 1 else ["-", "-"]))
     columns = ["operator", "selection", "cases", "options a group", "confidence", "steady"]
     columns += ["same in all seeds", "by chance"]
@@ -147,27 +145,58 @@ def learned_table(operators: Sequence[str], groups: Groups, pinned: Mapping) -> 
 
 
 def variations_table(
-    operators: Sequence[str], groups: Groups, varied: Groups, base: str, told: Mapping[str, str]
+    operators: Sequence[str],
+    groups: Groups,
+    varied: Groups,
+    base: str,
+    told: Mapping[str, Sequence],
 ) -> str:
     """What becomes of the selection `base` when its gates learn otherwise.
 
+    A row of `base` itself, and one a variation: how far it is from `base` of the same seeds. Cases
+    without that are left out.
+
     Args:
         varied: results by (operator, variation).
-        told: the flags of each variation.
+        told: the flags of `base`, and those that each variation has in their place.
     """
     rows = []
     for operator in operators:
-        for name, flags in {base: "", **told}.items():
-            if records := (groups if name == base else varied).get((operator, name)):
-                cells = [testbed.cell(records, metric) for metric in METRICS]
-                confidences = [c for record in records for c in record["selection"]["confidence"]]
-                cells.append(f"{statistics.mean(confidences):.2f}")
-                same = agreement(records, choices(records[0], ()))[0] if len(records) > 1 else "-"
-                shown = f"`{flags}`" if flags else ""
-                rows.append([operator, name, shown, str(len(records)), *cells, same])
-    columns = ["operator", "selection", "flags", "cases", *METRICS.values(), "confidence"]
-    table = testbed.table([*columns, "same in all seeds"], rows)
-    return f"**{base}, learned otherwise**:\n\n{table}"
+        found = groups.get((operator, base), [])
+        same_seed = {record["seed"]: record for record in found}
+        for name, flags in told.items():
+            records = found if name == base else varied.get((operator, name), [])
+            records = [record for record in records if record["seed"] in same_seed]
+            if not records:
+                continue
+            bases = [same_seed[record["seed"]] for record in records]
+            if name == base:
+                cells = [f"{mean(records, metric):.{DIGITS[metric]}f}" for metric in METRICS]
+                cells.append("-")
+            else:
+                cells = [
+                    f"{mean(records, metric) - mean(bases, metric):+.{DIGITS[metric]}f}"
+                    for metric in METRICS
+                ]
+                moved = map(blocks_moved, records, bases)
+                kept = DEPTH - len(records[0]["grafted"])
+                cells.append(f"{statistics.mean(moved):.1f} of {kept}")
+            cells += [gates_mean(records, key) for key in ("confidence", "agreement")]
+            shown = f"`{' '.join(map(str, flags))}`"
+            rows.append([operator, name, shown, str(len(records)), *cells])
+    columns = ["operator", "selection", "flags", "cases", *METRICS.values()]
+    table = testbed.table([*columns, "other blocks kept", "confidence", "steady"], rows)
+    return f"**{base}, learned otherwise**, against {base} of the same seeds:\n\n{table}"
+
+
+def blocks_moved(record: dict, other: dict) -> int:
+    """Of the blocks that keep attention in one result, how many do not in another."""
+    return len(set(other["grafted"]) - set(record["grafted"]))
+
+
+def gates_mean(records: list[dict], key: str) -> str:
+    """Mean over results and their groups of what gates say at their end."""
+    return f"{statistics.mean(v for record in records for v in record['selection'][key]):.2f}"
 
 
 def choices(record: dict, pinned: Sequence[int]) -> list[tuple[list[int], int, int]]:

@@ -9,9 +9,9 @@ learned-any: every block may be grafted; learned-halves: a choice over each half
 budgets are those of low-local; and variations of learned-any), writes the guesses with
 scripts/guess_plans.py, and gives every plan the same finetuning, sampling and scoring by the
 ordinary entries, and the same to the base model without a graft. Each finished case is one small
-JSON in --results; started again, it makes the cases that are missing. `report` turns the JSONs into
-the tables of docs/selection.md (between its two markers), docs/images/selection_study.png and
-docs/images/selection_blocks.png.
+JSON in --results; started again, it makes the cases that are missing, or whose flags are others by
+now. `report` turns the JSONs into the tables of docs/selection.md (between its two markers),
+docs/images/selection_study.png and docs/images/selection_blocks.png.
 """
 
 import argparse
@@ -25,7 +25,6 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from models.files import read_json
 from models.plan import load_plan, read_yaml, write_plan
 from scripts import selection_page as page
 from scripts import testbed
@@ -39,12 +38,12 @@ LEARNED = {  # from which plan
     "learned": "candidate.yaml", "learned-any": "distilled.yaml", HALVES: "distilled.yaml"
 }  # fmt: skip
 VARIED = "learned-any"
-VARIATIONS = {  # of that; what it is learned with by default stands in `make`
+VARIATIONS = {  # of that, which learns by testbed.LEARNING
     "slow-gates": ["--gate-lr", 3e-4],
     "fast-gates": ["--gate-lr", 3e-2],
     "cool-gates": ["--tau-range", 1, 0.1],
     "long": ["--max-steps", 1800],
-    "rank-8": ["--lora-rank", 8],
+    "rank-64": ["--lora-rank", 64],
     "batch-256": ["--global-batch-size", 256],
 }
 PATTERNS = (*LEARNED, "interleaved", "deep", "shallow", "top-local", "low-local", "random")
@@ -90,17 +89,7 @@ def make(case: tuple[str, str, int], args: argparse.Namespace) -> dict:
     if (operator, pattern) == UNGRAFTED:
         plan, base = REPOSITORY / "configs/mini/no_graft.yaml", ["--load-weight", BASE]
     elif pattern in LEARNED or pattern in VARIATIONS:
-        groups = budgets(operator, args) if pattern == HALVES else "2:4"
-        choices = args.work / "plans" / operator / LEARNED.get(pattern, LEARNED[VARIED])
-        entry(
-            "prune_by_learning.py", "--config", choices,
-            *testbed.data_flags(args, seed), "--prefix", f"select-{name}", "--delta-w", "--lora",
-            "--max-steps", args.selection_steps, "--lr", 3e-4, "--gate-lr", 3e-3,
-            "--ema-decay", 0.99, "--groups", groups, *args.selection_flags,
-            *VARIATIONS.get(pattern, ()),
-        )  # fmt: skip
-        chosen = args.work / "runs" / f"select-{name}-DiT-Mini-2"
-        plan, answer = chosen / "selected.yaml", read_json(chosen / "selection.json", "rerun")
+        plan, answer = learn(case, args)
     else:
         file = f"random_{seed}" if pattern == "random" else pattern
         plan = args.work / "plans" / operator / f"{file}.yaml"
@@ -119,10 +108,20 @@ def make(case: tuple[str, str, int], args: argparse.Namespace) -> dict:
         "selection": None
         if answer is None
         else {
+            **testbed.learned_with(answer),
             "confidence": [group["confidence"] for group in answer["groups"]],
             "agreement": [group["agreement"] for group in answer["groups"]],
         },
     }
+
+
+def learn(case: tuple[str, str, int], args: argparse.Namespace) -> tuple[Path, dict]:
+    """A selection by the gates: its plan, and its selection.json."""
+    operator, pattern, seed = case
+    choices = args.work / "plans" / operator / LEARNED.get(pattern, LEARNED[VARIED])
+    flags = ["--groups", budgets(operator, args) if pattern == HALVES else "2:4"]
+    flags += [*args.selection_flags, *VARIATIONS.get(pattern, ())]
+    return testbed.select(choices, "-".join(map(str, case)), seed, args, *flags)
 
 
 def budgets(operator: str, args: argparse.Namespace) -> str:
@@ -153,7 +152,21 @@ def run(args: argparse.Namespace) -> None:
         lambda case: works.get(case[0], ()),
         args,
         {name: getattr(args, name) for name in names},
+        lambda case: VARIATIONS.get(case[1], []),
     )
+
+
+def check_of_this_study(record: dict, folder: Path) -> None:
+    """ValueError for a result of a selection that the study no longer has, or has otherwise."""
+    operator, pattern = record["operator"], record["pattern"]
+    flags = VARIATIONS.get(pattern, [])
+    if pattern not in PATTERNS and (operator, pattern) != UNGRAFTED:
+        what = "is of no selection of this study: delete it"
+    elif record.get("flags", flags) != flags:
+        what = f"was made with the flags {record['flags']}, not {flags}: make it anew with `run`"
+    else:
+        return
+    raise ValueError(f"{folder}/{operator}-{pattern}-{record['seed']}.json: {what}")
 
 
 def report(args: argparse.Namespace) -> None:
@@ -161,6 +174,7 @@ def report(args: argparse.Namespace) -> None:
     records = testbed.results(args.results, "operator")
     varied = defaultdict(list)
     for record in records:
+        check_of_this_study(record, args.results)
         of = varied if record["pattern"] in VARIATIONS else groups
         of[record["operator"], record["pattern"]].append(record)
     operators = sorted({operator for operator, _ in groups} - {UNGRAFTED[0]})
@@ -170,15 +184,17 @@ def report(args: argparse.Namespace) -> None:
         (operator, "learned"): set(range(page.DEPTH)) - set(candidates(operator))
         for operator in operators
     }
-    steps = records[0]["settings"]["selection_steps"]
-    text = [f"{steps} steps of selection, {testbed.headline(records)}"]
+    settings = records[0]["settings"]
+    text = [f"{settings['selection_steps']} steps of selection, {testbed.headline(records)}"]
     text.append(page.memory(groups))
     text += [page.operator_table(operator, groups) for operator in operators]
     text.append(page.duels_table(operators, groups))
     text.append(page.spread_table(operators, groups))
     text.append(page.learned_table(operators, groups, pinned))
-    told = {name: " ".join(map(str, flags)) for name, flags in VARIATIONS.items()}
     if varied:
+        flags = [*testbed.LEARNING, "--max-steps", settings["selection_steps"]]
+        flags += ["--global-batch-size", settings["batch"], *settings.get("selection_flags", ())]
+        told = {VARIED: flags, **VARIATIONS}
         text.append(page.variations_table(operators, groups, varied, VARIED, told))
     images = args.page.parent / "images"
     page.plot_metrics(operators, groups, images / "selection_study.png")

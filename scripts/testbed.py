@@ -37,7 +37,7 @@ import torch
 
 from models.files import read_json, write_json, write_whole
 from models.plan import find_file, load_plan
-from models.provenance import environment
+from models.provenance import environment, hardware
 from training import arguments
 from training.preemption import SIGNALS
 
@@ -45,6 +45,12 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 BASE = "assets/mini/dit_mini.safetensors"
 METRICS = {"train_mse": "training MSE", "heldout_mse": "held-out MSE", "fd_mini": "fd_mini"}
 DIGITS = {"train_mse": 5, "heldout_mse": 5, "fd_mini": 3}
+# How the gates of every study learn, beside its steps and batch
+LEARNING = ["--gate-lr", 3e-3, "--tau-range", 4, 0.1, "--lora-rank", 8]
+# What a result records of it, as prune_by_learning.py read it
+LEARNED_BY = ("max_steps", "global_batch_size", "lr", "gate_lr", "tau_range", "scaling_range")
+LEARNED_BY += ("delta_w", "lora", "lora_rank", "lora_alpha", "ema_decay", "clip_grad")
+LEARNED_BY += ("class_dropout",)
 
 
 # What most of an entry's start is spent on; imported once, by the process that all others fork from
@@ -62,16 +68,17 @@ def entry(*command, threads: int = 1) -> None:
     with _starting:
         work = _workers().submit(_work, words, threads)
     try:
-        failure, seconds = work.result()
+        failure, seconds, device = work.result()
     except BrokenProcessPool as broken:
         raise ValueError(f"{' '.join(words)}: a process died, this one or another") from broken
     if failure:
         raise ValueError(failure)
     _spent.seconds = getattr(_spent, "seconds", 0.0) + seconds
+    _spent.hardware = getattr(_spent, "hardware", set()) | {device}
 
 
 _starting = threading.Lock()
-_spent = threading.local()  # seconds of entries that a thread has waited for
+_spent = threading.local()  # seconds of entries that a thread has waited for, and their hardware
 
 
 @cache
@@ -98,8 +105,8 @@ def _begin(cards: list[str], counted: Synchronized) -> None:
     os.chdir(REPOSITORY)
 
 
-def _work(words: list[str], threads: int) -> tuple[str, float]:
-    """An entry, in a worker -> what it said where it failed, else "", and its seconds."""
+def _work(words: list[str], threads: int) -> tuple[str, float, str]:
+    """An entry, in a worker -> what it said where it failed, else "", its seconds and hardware."""
     began = time.monotonic()
     torch.set_num_threads(threads)
     before = [os.dup(number) for number in (1, 2)]
@@ -123,11 +130,13 @@ def _work(words: list[str], threads: int) -> tuple[str, float]:
             for number in SIGNALS:  # which a training that failed still listens to
                 signal.signal(number, signal.SIG_DFL)
         gc.collect()
+        device = torch.device("cpu")
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
+            device = torch.device("cuda", torch.cuda.current_device())
         heard.seek(0)
         failure = f"{' '.join(words)}\n{heard.read()[-3000:]}" if failed else ""
-    return failure, time.monotonic() - began
+    return failure, time.monotonic() - began, hardware(device)
 
 
 def encode(work: Path) -> None:
@@ -174,6 +183,32 @@ def fingerprint(plan: Path) -> str:
     return found.hexdigest()[:16]
 
 
+def select(plan: Path, name: str, seed: int, args: argparse.Namespace, *more) -> tuple[Path, dict]:
+    """Layer selection in a plan, for `args.selection_steps`; its selected.yaml, selection.json."""
+    entry(
+        "prune_by_learning.py", "--config", plan, *data_flags(args, seed),
+        "--prefix", f"select-{name}", "--delta-w", "--lora", "--lr", 3e-4, "--ema-decay", 0.99,
+        "--max-steps", args.selection_steps, *LEARNING, *more,
+    )  # fmt: skip
+    folder = args.work / "runs" / f"select-{name}-{model_of(plan)}"
+    return folder / "selected.yaml", read_json(folder / "selection.json", "rerun")
+
+
+def learned_with(answer: dict) -> dict:
+    """How the gates of a selection.json learned, and what they chose from."""
+    return {
+        "groups": answer["groups_spec"],
+        "pinned": answer["pinned"],
+        "precision": answer["precision"],
+        "settings": {name: answer["settings"][name] for name in LEARNED_BY},
+    }
+
+
+def model_of(plan: Path) -> str:
+    """A plan's model as the names of run folders have it."""
+    return load_plan(plan).model_name.replace("/", "-")
+
+
 def finetune(
     plan: Path, name: str, seed: int, args: argparse.Namespace, *more
 ) -> tuple[Path, dict]:
@@ -183,8 +218,7 @@ def finetune(
         "--prefix", f"tune-{name}", "--val-data-path", args.work / "train", args.work / "heldout",
         "--max-steps", args.steps, "--lr", 3e-4, "--ema-decay", 0.99, *more,
     )  # fmt: skip
-    model = load_plan(plan).model_name.replace("/", "-")
-    folder = args.work / "runs" / f"tune-{name}-{model}"
+    folder = args.work / "runs" / f"tune-{name}-{model_of(plan)}"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     found = {key: value for line in lines for key, value in line.items()}
     losses = {f"{part}_mse": found[f"val_mse/{part}"] for part in ("train", "heldout")}
@@ -219,18 +253,26 @@ def score(plan: Path, name: str, seed: int, args: argparse.Namespace, *weights) 
     return {"fd_mini": read_json(folder / "metrics.json", "rerun")["metrics"]["fd_mini"]}
 
 
-def is_made(path: Path, settings: dict) -> bool:
-    """Whether a case has its result; ValueError where that is of another study."""
+def is_made(path: Path, settings: dict, flags: list) -> bool:
+    """Whether a case has its result, made with the flags that are its own.
+
+    A result without a record of flags is of a case without any. ValueError where it is of another
+    study.
+    """
     if not path.is_file():
         return False
-    found = read_json(path, "delete it")["settings"]
+    record = read_json(path, "delete it")
+    found = record["settings"]
     for name, value in settings.items():
         if found.get(name) != value:
             raise ValueError(
                 f"{path}: was made with {name} {found.get(name)}, this study has {value}: give "
                 "another --results, or delete it"
             )
-    return True
+    before = record.get("flags", [])
+    if before != flags:
+        print(f"{path}: was made with the flags {before}, is made anew with {flags}", flush=True)
+    return before == flags
 
 
 def run_cases(
@@ -239,6 +281,7 @@ def run_cases(
     before: Callable[[tuple], Sequence[Callable[[], None]]],
     args: argparse.Namespace,
     settings: dict,
+    flags: Callable[[tuple], list] = lambda case: [],
 ) -> None:
     """Makes the cases without a result, `args.jobs` at a time, and writes each as it ends.
 
@@ -248,18 +291,25 @@ def run_cases(
         before: what must be done before a case, `args.jobs` of them at a time; once, where several
             cases name the same object.
         settings: what every result of the study shares; written into each.
+        flags: gives those of the study that a case has to itself; written into its result.
     """
     args.results.mkdir(parents=True, exist_ok=True)
     names = {"-".join(map(str, case)): case for case in cases}
-    missing = [n for n in names if not is_made(args.results / f"{n}.json", settings)]
+    missing = [
+        name
+        for name, case in names.items()
+        if not is_made(args.results / f"{name}.json", settings, flags(case))
+    ]
     wanted = dict.fromkeys(work for name in missing for work in before(names[name]))
 
     def finish(name: str, works: dict[Callable, Future]) -> None:
         for work in before(names[name]):
             works[work].result()
-        _spent.seconds = 0.0
+        _spent.seconds, _spent.hardware = 0.0, set()
         result = make(names[name]) | {"seconds": round(_spent.seconds, 1)}
-        result |= {"settings": settings, **environment()}
+        # the hardware as the workers tell it: this process leaves CUDA alone
+        about = {**environment(), "hardware": sorted(_spent.hardware)}
+        result |= {"settings": settings, "flags": flags(names[name]), **about}
         write_json(args.results / f"{name}.json", result)
         shown = (f"{title} {result[key]:.5f}" for key, title in METRICS.items() if key in result)
         print(f"{name}: {'  '.join(shown)}", flush=True)
@@ -311,10 +361,16 @@ def headline(records: list[dict]) -> str:
     revisions = {str(record["git_revision"]) for record in records}
     short = (r[:8] + "-dirty" * r.endswith("-dirty") for r in sorted(revisions))
     versions = sorted({record["torch"] for record in records})
+    told = [record["hardware"] for record in records if "hardware" in record]
+    where = ""
+    if told:
+        which = f", {len(told)} of {len(records)} cases" if len(told) < len(records) else ""
+        where = f"{which} on {', '.join(sorted({name for names in told for name in names}))}"
     return (
         f"{shared['distill_steps']} distillation steps and {shared['steps']} finetuning steps of "
         f"{shared['batch']} images, {shared['num_samples']} samples; mean ± standard deviation. "
-        f"{took}Made at revision {', '.join(short)} with PyTorch {', '.join(versions)}."
+        f"{took}Made at revision {', '.join(short)} with PyTorch {', '.join(versions)}"
+        f"{where}."
     )
 
 

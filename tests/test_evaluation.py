@@ -24,7 +24,7 @@ from evaluation.mini_net import WEIGHTS, MiniFeatures, save_weights
 from evaluation.readers import batches, conversion_note, npz_keys, open_images
 from evaluation.report import check_roles, default_output
 from evaluation.writers import describe_run, save_grid, save_npz, save_png
-from models.provenance import git_revision
+from models.provenance import environment, git_revision
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -697,6 +697,14 @@ def test_images_are_packed_and_laid_out_in_their_order(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_environment_names_the_device_of_a_result(monkeypatch):
+    assert "hardware" not in environment()
+    cores = len(os.sched_getaffinity(0))
+    assert environment(torch.device("cpu"))["hardware"] == f"{cores} processors (cpu)"
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: f"Card {device.index}")
+    assert environment(torch.device("cuda", 1))["hardware"] == "Card 1 (cuda)"
+
+
 def test_git_revision_counts_tracked_changes_only(tmp_path, monkeypatch):
     monkeypatch.setattr("models.provenance.REPOSITORY", tmp_path)
     assert git_revision() is None
@@ -707,6 +715,16 @@ def test_git_revision_counts_tracked_changes_only(tmp_path, monkeypatch):
     revision = git_revision()
     assert len(revision) == 40
     subprocess.run(["git", "-C", str(tmp_path), "add", "new.txt"], check=True)
+    assert git_revision() == f"{revision}-dirty"
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "result.json").write_text("1")
+    subprocess.run(["git", "-C", str(tmp_path), "add", "docs"], check=True)
+    subprocess.run(["git", "-C", str(tmp_path), *names, "commit", "-qm", "y"], check=True)
+    revision = git_revision()
+    assert len(revision) == 40
+    (tmp_path / "docs" / "result.json").write_text("2")  # as a study that is made anew writes
+    assert git_revision() == revision
+    (tmp_path / "new.txt").write_text("tracked by now")
     assert git_revision() == f"{revision}-dirty"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert git_revision() is None

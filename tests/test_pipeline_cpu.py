@@ -47,6 +47,7 @@ def test_selection_writes_its_whole_answer(work, pair):
     answer = json.loads((folder / "selection.json").read_text())
     assert len(answer["kept"]) == len(answer["grafted"]) == 14
     assert sorted(answer["kept"] + answer["grafted"]) == list(range(28))
+    assert answer["device"] == "cpu" and answer["hardware"].endswith(" processors (cpu)")
     for g, group in enumerate(answer["groups"]):
         assert group["blocks"] == list(range(4 * g, 4 * g + 4)) and len(group["kept"]) == 2
         assert 4 * g in group["kept"], "the block without a graft is pinned"
@@ -75,6 +76,7 @@ def test_samples_are_described_packed_and_scored(work, pair):
     }  # fmt: skip
     assert {key: record["settings"][key] for key in origin} == origin
     assert {"git_revision", "torch", "time"} <= record.keys()
+    assert record["hardware"].endswith(" processors (cpu)")
     assert (work / "samples" / "two-grid.png").is_file()
     score = ["evaluate_fid.py", work / "images", folder, "--feature-net", "mini"]
     run(*score, processes=2)
@@ -87,6 +89,7 @@ def test_samples_are_described_packed_and_scored(work, pair):
     assert metrics["samples_json"] == record
     assert (metrics["protocol"], metrics["num_samples"]) == ("mini", 5)
     assert metrics["num_reference"] == 36 and metrics["git_revision"] == record["git_revision"]
+    assert metrics["hardware"] == record["hardware"]
     assert metrics["reference"]["path"] == str(work / "images")
     assert metrics["samples"]["path"] == str(folder)
 

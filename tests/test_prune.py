@@ -13,8 +13,9 @@ import prune_by_learning
 from models.dit import build_dit
 from models.grafting import build_choices, build_grafted, load_plan, with_base
 from models.selection import LayerGates
+from scripts import testbed
 from training.distributed import World
-from training.selection_report import decision, write_trajectory_line
+from training.selection_report import decision, draw_trajectory, write_trajectory_line
 
 CPU = World(0, 0, 1, torch.device("cpu"))
 
@@ -184,6 +185,83 @@ def test_candidates_must_be_of_the_same_model(monkeypatch, folder):
         select(monkeypatch, folder, small, "mixed", *flags)
     with pytest.raises(ValueError, match="--save-model x.yaml: name a file that ends in .pt"):
         select(monkeypatch, folder, small, "mixed", "--save-model", "x.yaml")
+
+
+@pytest.mark.parametrize("trained", [[], ["--delta-w"]])
+@pytest.mark.parametrize(
+    ("groups", "pins"), [("4:4", []), ("0:1", []), ("2:4", [0, 1, 6, 7, 8, 11])]
+)
+def test_without_a_choice_nothing_is_trained(monkeypatch, folder, groups, pins, trained):
+    plan = plan_file(folder, "settled", [("mha", "swa", list(range(12)), {})])
+    flags = ["--groups", groups, "--pin", *pins, *trained]
+    with pytest.raises(ValueError, match="leave nothing to choose: ") as caught:
+        select(monkeypatch, folder, plan, "settled", *flags)
+    assert f"--groups {groups} and --pin {' '.join(map(str, pins)) or 'none'} leave" in str(
+        caught.value
+    )
+    assert not list(folder.glob("settled-DiT*"))
+
+
+def test_one_group_with_a_choice_is_enough(monkeypatch, folder):
+    plan = plan_file(folder, "enough", [("mha", "swa", list(range(12)), {})])
+    run, answer = select(monkeypatch, folder, plan, "enough", "--groups", "4:4,1:4,0:4")
+    assert [len(group["options"]) for group in answer["groups"]] == [1, 4, 1]
+    found = testbed.learned_with(answer)
+    assert found["groups"] == "4:4,1:4,0:4" and found["precision"] == "float32"
+    read = {"gate_lr": 0.01, "tau_range": [4.0, 0.1], "lora_rank": 8, "max_steps": 2}
+    assert read.items() <= found["settings"].items()
+    assert "pinned [], 1 kind of graft\n" in (run / "log.txt").read_text()
+
+
+def trajectory(likely, *about, **keywords):
+    """The figure of 20 lines in which the first option of each group becomes `likely`."""
+    gates = LayerGates(*about, **keywords)
+    records = []
+    for step in range(1, 21):
+        lines = [torch.full((len(o),), (1 - likely * step / 20) / len(o)) for o in gates.options]
+        for line in lines:
+            line[0] += likely * step / 20
+        records.append({"step": step, "probabilities": [line.tolist() for line in lines]})
+    figure = draw_trajectory(records, gates)
+    figure.canvas.draw()
+    return figure, [axis for axis in figure.axes if axis.get_legend()]
+
+
+@pytest.mark.parametrize(
+    ("groups", "more"),
+    [
+        ("7:14", {}),
+        ("7:14", {"variants": [(1, 2)] * 28, "pinned": [0, 3, 5, 16, 22, 24]}),
+        ("27:28", {}),
+    ],
+)
+def test_legends_of_many_blocks_lie_below_their_panels(groups, more):
+    figure, axes = trajectory(0.004, 28, groups, **more)
+    for axis in axes:
+        legend, panel = axis.get_legend().get_window_extent(), axis.get_window_extent()
+        assert legend.y1 < panel.y0 and panel.height > 0.25 * figure.bbox.height / len(axes)
+        assert all(figure.bbox.x0 <= x <= figure.bbox.x1 for x in (legend.x0, legend.x1))
+        others = [other.get_window_extent() for other in figure.axes if other is not axis]
+        assert not any(legend.overlaps(other) for other in others)
+        for text in axis.get_legend().get_texts():
+            assert len(text.get_text().splitlines()) <= 2
+
+
+@pytest.mark.parametrize("likely", [0.002, 0.5])
+def test_small_probabilities_fill_their_panels(likely):
+    _, axes = trajectory(likely, 28, "7:14")
+    ends = [axis.get_ylim()[1] for axis in axes]
+    assert (
+        ends == [pytest.approx(1.02 * (1 if likely == 0.5 else likely + (1 - likely) / 3432))] * 2
+    )
+
+
+def test_legends_of_small_groups_stay_in_their_panels():
+    _, axes = trajectory(0.8, 28, "2:4")
+    assert len(axes) == 7
+    for axis in axes:
+        assert axis.get_window_extent().contains(*axis.get_legend().get_window_extent().min)
+        assert axis.get_ylim() == (-0.02, 1.02)
 
 
 def test_agreement_counts_the_last_tenth_of_the_steps(tmp_path, folder):

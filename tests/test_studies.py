@@ -1,11 +1,15 @@
 """The reports of scripts/*_study.py, on results made by hand."""
 
 import json
+import os
+import sys
 from argparse import Namespace
 
 import pytest
 from PIL import Image
 
+import prune_by_learning
+from models.plan import load_plan, write_plan
 from scripts import (
     distillation_study,
     restructuring_study,
@@ -108,17 +112,65 @@ def test_variations_stand_in_a_table_of_their_own(selections, monkeypatch):
         seed=0,
         grafted=choose(1),
         train_mse=0.01,
-        heldout_mse=0.3,
-        fd_mini=3.0,
-        selection={"confidence": [0.5] * 7, "agreement": [1.0] * 7},
+        heldout_mse=0.375,
+        fd_mini=5.5,
+        selection={"confidence": [0.5] * 7, "agreement": [0.25] * 7},
     )
     selection_study.report(selections)
-    text = selections.page.read_text()
+    # seed 0 of learned has 0.03, 0.37 and 5.0, and keeps 2 where this keeps 1
+    changes = ["-0.02000", "+0.00500", "+0.500", "1.0 of 14", "0.50", "0.25"]
     assert rows(selections.page, ["swa", "long"]) == [
-        ["swa", "long", "`--max-steps 1800`", "1", "0.01000", "0.30000", "3.000", "0.50", "-"]
+        ["swa", "long", "`--max-steps 1800`", "1", *changes]
     ]
-    table = text.partition("learned otherwise")[2]
-    assert "| swa | learned |" in table and "| swa | deep |" not in table
+    flags = "`--gate-lr 0.003 --tau-range 4 0.1 --lora-rank 8 --max-steps 3 --global-batch-size 2`"
+    means = ["0.03100", "0.37000", "4.500", "-", "0.64", "1.00"]
+    assert rows(selections.page, ["swa", "learned"])[-1] == ["swa", "learned", flags, "2", *means]
+    assert "| swa | deep |" not in selections.page.read_text().partition("learned otherwise")[2]
+
+
+def test_a_variation_is_compared_on_its_own_seeds(selections):
+    records = [r for r in testbed.results(selections.results) if r["pattern"] == "learned"]
+    other = {"grafted": choose(2), "train_mse": 0.04, "heldout_mse": 0.4, "fd_mini": 5.0}
+    other |= {"selection": records[0]["selection"]}
+    varied = {("swa", "long"): [other | {"seed": 1}, other | {"seed": 2}]}  # there is no base of 2
+    told = {"learned": ["--a", 1], "long": ["--a", 2]}
+    groups = {("swa", "learned"): records}
+    table = selection_page.variations_table(["swa"], groups, varied, "learned", told)
+    row = table.splitlines()[-1].strip("| ").split(" | ")
+    assert row[:8] == ["swa", "long", "`--a 2`", "1", "+0.00800", "+0.03000", "+1.000", "1.0 of 14"]
+
+
+@pytest.fixture
+def learned_with(tmp_path, monkeypatch):
+    """A function: a selection of the study -> what its entry reads from its flags."""
+    monkeypatch.setattr(sys, "argv", ["selection_study.py", "run", "--work", str(tmp_path)])
+    args = selection_study.parse_args()
+    plan = tmp_path / "plans/swa/distilled.yaml"
+    plan.parent.mkdir(parents=True)
+    write_plan(load_plan(selection_study.configured("swa")), plan, {})
+
+    def parse(*command):
+        monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+        flags = vars(prune_by_learning.parse_args())
+        run = tmp_path / "runs" / f"{flags.pop('prefix')}-DiT-Mini-2"
+        run.mkdir(parents=True)
+        (run / "selection.json").write_text(json.dumps(flags))
+
+    def read(pattern):
+        monkeypatch.setattr(testbed, "entry", parse)
+        return selection_study.learn(("swa", pattern, 0), args)[1]
+
+    return read
+
+
+def test_every_variation_is_learned_with_its_own_flags_alone(learned_with):
+    base = learned_with(selection_study.VARIED)
+    assert base["gate_lr"] == 0.003 and base["groups"] == "2:4"
+    for name, (flag, *values) in selection_study.VARIATIONS.items():
+        found = learned_with(name)
+        differing = {key: value for key, value in found.items() if value != base[key]}
+        value = values[0] if len(values) == 1 else values
+        assert differing == {flag.strip("-").replace("-", "_"): value}, name
 
 
 def test_how_far_the_numbers_of_selections_carry(selections):
@@ -267,6 +319,97 @@ def test_operators_of_two_distillations_are_not_compared(tmp_path):
     write(tmp_path, "d", seed=1, stage_one="three")
     with pytest.raises(ValueError, match="results of 1 hold operators of several distillations"):
         testbed.results(tmp_path, "seed")
+
+
+def test_headline_says_on_what_results_were_made(tmp_path):
+    for seed in (0, 1):
+        write(tmp_path, str(seed), seed=seed)
+    assert testbed.headline(testbed.results(tmp_path)).endswith("with PyTorch 2.11.0.")
+    write(tmp_path, "2", seed=2, hardware=["Card B (cuda)", "Card A (cuda)"])
+    told = "with PyTorch 2.11.0, 1 of 3 cases on Card A (cuda), Card B (cuda)."
+    assert testbed.headline(testbed.results(tmp_path)).endswith(told)
+    for seed in (0, 1):
+        write(tmp_path, str(seed), seed=seed, hardware=["Card A (cuda)"])
+    told = "with PyTorch 2.11.0 on Card A (cuda), Card B (cuda)."
+    assert testbed.headline(testbed.results(tmp_path)).endswith(told)
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A function: runs cases that unpack the testbed's pictures, all over again."""
+
+    def run(cases, settings, **more):
+        def make(case):
+            testbed.entry("scripts/unpack_mini.py", "--out", tmp_path / case[0])
+            return {"seed": case[1]}
+
+        args = Namespace(results=tmp_path / "results", jobs=1)
+        testbed.run_cases(cases, make, lambda case: (), args, settings, **more)
+        return [json.loads(path.read_text()) for path in sorted(args.results.iterdir())]
+
+    return run
+
+
+def test_a_result_names_what_its_entries_ran_on(study):
+    (record,) = study([("one", 0)], {})
+    cores = len(os.sched_getaffinity(0))
+    assert record["hardware"] == [f"{cores} processors (cpu)"] and record["seed"] == 0
+
+
+def test_cases_of_other_flags_are_made_anew(study, capsys):
+    cases, flags = [("main", 0), ("varied", 0)], {"main": [], "varied": ["--rate", 0.5]}
+    for record in study(cases, {"steps": 1}, flags=lambda case: flags[case[0]]):
+        assert record["flags"] in flags.values()
+    capsys.readouterr()
+
+    def made_again():
+        study(cases, {"steps": 1}, flags=lambda case: flags[case[0]])
+        return [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+
+    assert made_again() == []
+    flags["varied"] = ["--rate", 0.25]
+    path, name = made_again()
+    assert path.endswith("/varied-0.json") and name == "varied-0"
+    assert made_again() == []
+
+
+def test_results_from_before_flags_were_recorded(tmp_path):
+    write(tmp_path, "old", settings={"steps": 1})
+    assert testbed.is_made(tmp_path / "old.json", {"steps": 1}, [])
+    assert not testbed.is_made(tmp_path / "old.json", {"steps": 1}, ["--rate", 0.5])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "flags", "message"),
+    [
+        ("rank-8", ["--lora-rank", 8], "is of no selection of this study: delete it"),
+        ("rank-64", ["--lora-rank", 8], "was made with the flags .*8.*, not .*64.*: make it anew"),
+        ("deep", ["--gate-lr", 1], "was made with the flags .*, not .*: make it anew with `run`"),
+    ],
+)
+def test_results_that_the_study_no_longer_has(selections, pattern, flags, message):
+    record = {"operator": "swa", "pattern": pattern, "seed": 7, "flags": flags}
+    write(selections.results, f"swa-{pattern}-7", **record)
+    with pytest.raises(ValueError, match=f"swa-{pattern}-7.json: {message}"):
+        selection_study.report(selections)
+
+
+def test_a_learned_result_says_how_it_was_learned(tmp_path, monkeypatch):
+    plan = selection_study.configured("swa")
+    groups = [{"confidence": 0.5, "agreement": 1.0}]
+    settings = {name: name for name in testbed.LEARNED_BY} | {"data_path": "somewhere"}
+    answer = {"groups": groups, "groups_spec": "2:4", "pinned": [0]}
+    answer |= {"precision": "float32", "settings": settings}
+    monkeypatch.setattr(selection_study, "learn", lambda case, args: (plan, answer))
+    monkeypatch.setattr(testbed, "finetune", lambda *about: ("last.pt", {}))
+    monkeypatch.setattr(testbed, "score", lambda *about: {})
+    monkeypatch.setattr(testbed, "fingerprint", lambda plan: "same")
+    record = selection_study.make(("swa", "long", 0), Namespace(work=tmp_path))
+    del settings["data_path"]
+    assert record["selection"] == {
+        "groups": "2:4", "pinned": [0], "precision": "float32", "settings": settings,
+        "confidence": [0.5], "agreement": [1.0],
+    }  # fmt: skip
 
 
 def test_a_worker_says_what_a_failed_entry_said_and_goes_on(tmp_path):

@@ -161,7 +161,7 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step + 1)
-        self.info(f"{Path(sys.argv[0]).name} {json.dumps(environment())}")
+        self.info(f"{Path(sys.argv[0]).name} {json.dumps(environment(world.device))}")
         self.info("settings " + json.dumps(settings, sort_keys=True, default=str))
 
     def info(self, message: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,15 @@ from models.files import file_sha256, naming, write_json
 from models.graft_plan import PAIR
 from models.grafting import LoadReport, build_choices
 from models.plan import GraftPlan, write_plan
-from models.provenance import environment
 from models.selection import LayerGates, settle
 from models.weights import SLOTS
 from training.checkpoint import write_tensors
 from training.lora import merge_lora
 
 TRAJECTORY = "trajectory.jsonl"
+SHOWN = 8  # options of a group in trajectory.png, the likeliest at the end
+INSIDE = 16  # characters of the longest name of an option, up to which a legend is inside its panel
+LINE, LINES = 60, 2  # characters of a line, and lines of an option, in a legend below its panel
 
 
 def decision(
@@ -123,10 +126,11 @@ def write_answer(
         for p in plans
     ]
     content = {**answer, "plan": "selected.yaml", "trajectory": TRAJECTORY, "configs": configs}
-    content |= {"weights": weights, **provenance, **environment()}
+    content |= {"weights": weights, **provenance}
     write_json(folder / "selection.json", content)
     if _records(folder / TRAJECTORY):
-        plot_trajectory(folder / TRAJECTORY, gates, folder / "trajectory.png")
+        figure = draw_trajectory(_records(folder / TRAJECTORY), gates)
+        figure.savefig(folder / "trajectory.png", dpi=130)
 
 
 def _with_operators(
@@ -219,19 +223,17 @@ def write_trajectory_line(path: Path, step: int, gates: LayerGates, scaling: flo
         handle.write(json.dumps({"step": step, "probabilities": values}) + "\n")
 
 
-def plot_trajectory(lines: Path, gates: LayerGates, picture: Path) -> None:
-    """Draws trajectory.jsonl: a panel a group, a curve an option, and the final keep mask."""
+def draw_trajectory(records: Sequence[dict], gates: LayerGates):
+    """Matplotlib's figure of the lines of trajectory.jsonl: a panel a group, a curve an option, and
+    the final keep mask.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    records = _records(lines)
     steps = [r["step"] for r in records]
     number = len(gates.options)
     columns = min(4, number)
     rows = math.ceil(number / columns)
-    figure = Figure(figsize=(3.6 * columns, 2.6 * rows + 1.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[2.6 * rows, 1.4])
     # of blocks, or of pairs of them
     names = [f"{b}+{b + 1}" if gates.pairs else str(b) for b in gates.blocks]
     unit, kept, grafted = (
@@ -239,28 +241,54 @@ def plot_trajectory(lines: Path, gates: LayerGates, picture: Path) -> None:
     )
     title = "in sequence" if gates.pairs else "keeps"
     title += " (block:variant)" * (gates.variants > 1)
+    panels = []  # of each group its options' (name, curve)
+    for g, (first, end) in enumerate(gates.spans):
+        curves = torch.tensor([r["probabilities"][g] for r in records])  # [lines, options]
+        shown = []
+        for option in curves[-1].argsort(descending=True)[:SHOWN].tolist():
+            named = list(zip(names[first:end], gates.choices[g][option].tolist(), strict=True))
+            label = " ".join(name for name, variant in named if variant == 0)
+            if gates.variants > 1:
+                taken = (f"{name}:{variant}" for name, variant in named if variant)
+                label += f" ({' '.join(taken)})"
+            shown.append((label, curves[:, option].numpy()))
+        panels.append(shown)
+    inside = max(len(label) for shown in panels for label, _ in shown) <= INSIDE
+    height = 2.6
+    if not inside:
+        panels = [[(_folded(label), curve) for label, curve in shown] for shown in panels]
+        lines = max(sum(1 + label.count("\n") for label, _ in shown) for shown in panels)
+        height += 0.2 + 0.12 * (1 + lines)
+    highest = max(float(curve.max()) for shown in panels for _, curve in shown)
+    highest = 1.0 if highest > 0.1 else highest  # of thousands of options none may be likely
+
+    width = 3.6 * (columns if inside else max(2, columns))
+    figure = Figure(figsize=(width, height * rows + 1.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[height * rows, 1.4])
     axes = top.subplots(rows, columns, squeeze=False, sharey=True)
     for axis in axes.flat[number:]:
         axis.set_visible(False)
     for g in range(number):
         axis = axes.flat[g]
         first, end = gates.spans[g]
-        curves = torch.tensor([r["probabilities"][g] for r in records])  # [lines, options]
-        shown = curves[-1].argsort(descending=True)[:8].tolist()
-        for option in shown:
-            row = gates.choices[g][option].tolist()
-            named = list(zip(names[first:end], row, strict=True))
-            label = " ".join(name for name, variant in named if variant == 0)
-            if gates.variants > 1:
-                taken = (f"{name}:{variant}" for name, variant in named if variant)
-                label += f" ({' '.join(taken)})"
-            axis.plot(steps, curves[:, option].numpy(), label=label, linewidth=1.6)
+        for label, curve in panels[g]:
+            axis.plot(steps, curve, label=label, linewidth=1.6)
         axis.set_title(f"{unit}s {names[first]} to {names[end - 1]}", fontsize=10)
-        axis.set_ylim(-0.02, 1.02)
-        axis.legend(title=title, fontsize=7, title_fontsize=7, loc="best")
+        axis.set_ylim(-0.02 * highest, 1.02 * highest)
+        if inside:
+            axis.legend(title=title, fontsize=7, title_fontsize=7, loc="best")
+        else:
+            place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}
+            axis.legend(title=title, fontsize=6, title_fontsize=6, **place)
+            axis.set_xlabel("step", fontsize=9)
         axis.grid(alpha=0.3)
-    top.supxlabel("step", fontsize=9)
-    top.supylabel("probability of the option", fontsize=9)
+    if inside:
+        top.supxlabel("step", fontsize=9)
+        top.supylabel("probability of the option", fontsize=9)
+    else:
+        for axis in axes[:, 0]:
+            axis.set_ylabel("probability of the option", fontsize=9)
     axis = bottom.subplots()
     chosen = gates.chosen()
     mask = torch.tensor([float(variant == 0) for variant in chosen])
@@ -275,4 +303,9 @@ def plot_trajectory(lines: Path, gates: LayerGates, picture: Path) -> None:
     axis.set_yticks([])
     axis.set_xlabel(unit, fontsize=9)
     axis.tick_params(labelsize=7)
-    figure.savefig(picture, dpi=130)
+    return figure
+
+
+def _folded(label: str) -> str:
+    """An option's name in lines of a legend below a panel; what does not fit is left out."""
+    return textwrap.fill(label, LINE, max_lines=LINES, placeholder=" ...")
