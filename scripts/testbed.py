@@ -357,7 +357,8 @@ def headline(records: list[dict]) -> str:
     seconds = [record.get("seconds") for record in records]
     took = ""
     if None not in seconds:
-        took = f"{len(records)} cases took {sum(seconds) / 3600:.1f} hours of single processes. "
+        hours = sum(seconds) / 3600
+        took = f"Without Stage 1, {len(records)} cases took {hours:.1f} hours of single processes. "
     revisions = {str(record["git_revision"]) for record in records}
     short = (r[:8] + "-dirty" * r.endswith("-dirty") for r in sorted(revisions))
     versions = sorted({record["torch"] for record in records})
