@@ -16,7 +16,8 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.samplers import sample as draw
-from latents.prompts import Prompts
+from latents.captions import read_captions
+from latents.prompts import Prompts, read_prompts
 from latents.store import open_latents
 from latents.text import load_text_encoder
 from models import costs
@@ -598,6 +599,39 @@ def test_export_writes_diffusers_format(files, tmp_path):
     expected = {diffusers_name(n): t.half().float() for n, t in model.state_dict().items()}
     assert found.keys() == expected.keys()
     torch.testing.assert_close({n: t.float() for n, t in found.items()}, expected)
+
+
+# -- files of text -------------------------------------------------------------
+
+MARKED = "a\u2028red\u0085circle\x0cbig"  # marks at which str.splitlines parts a text
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff"], ids=["bare", "with a byte order mark"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lines_of_prompts_and_captions_end_at_newlines_alone(tmp_path, start, end):
+    texts = [MARKED, "the blue square"]
+    files = {name: tmp_path / name for name in ("p.txt", "p.jsonl", "c.jsonl")}
+    rows = [{"prompt": text, "file_name": f"{i}.png", "text": text} for i, text in enumerate(texts)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    for name, held in (("p.txt", texts), ("p.jsonl", lines), ("c.jsonl", lines)):
+        files[name].write_bytes((start + "".join(line + end for line in held)).encode())
+    assert read_prompts(files["p.txt"], 1).rows == [{"prompt": text} for text in texts]
+    assert read_prompts(files["p.jsonl"], 1).rows == rows
+    assert read_captions(files["c.jsonl"]) == {"0.png": MARKED, "1.png": "the blue square"}
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_text_that_is_not_utf8_is_one_error(tmp_path, encoding):
+    line = 1 if encoding == "utf-16" else 2
+    for name, flag, read in (
+        ("p.txt", "--prompts", lambda path: read_prompts(path, 1)),
+        ("c.jsonl", "--captions", read_captions),
+    ):
+        path = tmp_path / name
+        path.write_text('{"file_name": "0.png", "text": "a"}\ncaf\xe9\n', encoding=encoding)
+        with pytest.raises(ValueError, match="is not UTF-8 .*; save the file in that") as error:
+            read(path)
+        assert str(error.value).startswith(f"{flag} {path}, line {line}: ")
 
 
 # -- bad input -----------------------------------------------------------------
