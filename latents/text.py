@@ -86,7 +86,7 @@ class TextEncoder:
 
 
 def normalised(text: str) -> str:
-    """A caption as PixArt's training and diffusers' pipeline hand it to T5."""
+    """A caption as diffusers' pipeline hands it to T5 without `clean_caption`."""
     return text.lower().strip()
 
 
