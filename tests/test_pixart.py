@@ -1,6 +1,7 @@
 """PixArt-Sigma: equal to diffusers' class, and through all entries with a tiny text encoder."""
 
 import contextlib
+import hashlib
 import importlib
 import io
 import json
@@ -19,7 +20,7 @@ from diffusion.samplers import sample as draw
 from latents.captions import read_captions
 from latents.prompts import Prompts, read_prompts
 from latents.store import open_latents
-from latents.text import load_text_encoder
+from latents.text import encoder_sha256, load_text_encoder
 from models import costs
 from models.captions import Captions
 from models.grafting import build_grafted, graft, load_plan, load_trained
@@ -412,6 +413,27 @@ def test_captions_make_another_store_for_another_model(files, store, write_laten
     other = write_plan(tmp_path / "p.yaml", files, text_encoder=str(tmp_path / "other"))
     with pytest.raises(ValueError, match="embeddings of text encoder .*t5, which is not .*other"):
         opened.check_plan(load_plan(other))
+
+
+def test_only_what_defines_an_encoder_tells_it_from_others(tmp_path):
+    """Hashes of before, which stores hold, stay those of folders without other files."""
+    digest = hashlib.sha256()
+    for part, names in (
+        ("text_encoder", ["config.json", "model-00001-of-00001.safetensors"]),
+        ("tokenizer", ["special_tokens_map.json", "spiece.model", "tokenizer_config.json"]),
+    ):
+        (tmp_path / part).mkdir()
+        for name in names:
+            (tmp_path / part / name).write_text(part + name)
+            digest.update(json.dumps([name, len(part + name)]).encode() + (part + name).encode())
+    assert encoder_sha256(tmp_path) == digest.hexdigest()
+    for name in (".DS_Store", "README.md", "._model.safetensors", ".gitattributes"):
+        (tmp_path / "text_encoder" / name).write_text("no part of the encoder")
+    assert encoder_sha256(tmp_path) == digest.hexdigest()
+    for name in ("text_encoder/pytorch_model.bin", "tokenizer/tokenizer.json"):
+        before = encoder_sha256(tmp_path)
+        (tmp_path / name).write_text("{}")
+        assert encoder_sha256(tmp_path) != before
 
 
 # -- the entries ---------------------------------------------------------------
