@@ -44,7 +44,7 @@ from latents.text import encoder_sha256, local_text_encoder
 from models.captions import Captions
 from models.config_files import places
 from models.files import file_sha256, read_json, write_whole
-from models.graft_plan import GraftPlan
+from models.graft_plan import ENCODER_KEYS, GraftPlan
 from models.presets import PRESETS
 
 FORMAT = "latent-store"
@@ -377,6 +377,12 @@ class LatentStore:
                 f"not {name} of {plan.path} (their hashes differ): extract again with that, or "
                 "name the other in the YAML's sample_config (text_encoder)"
             )
+
+    def with_encoder(self, plan: GraftPlan) -> GraftPlan:
+        """The plan, with what embedded the captions; as it is where there are none."""
+        if self.captions is None:
+            return plan
+        return plan.with_encoder(*(self.captions.manifest[key] for key in ENCODER_KEYS))
 
     def conditions(self, indices: torch.Tensor) -> torch.Tensor | Captions:
         """What a model is told of rows `indices` [B], on the CPU: classes [B], or captions."""

@@ -5,7 +5,9 @@ import hashlib
 import importlib
 import io
 import json
+import shutil
 import sys
+from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
@@ -32,6 +34,7 @@ from models.presets import blank_condition, build_model, latent_size, pixart_con
 from models.selection import GraftPair
 from models.weights import diffusers_name, our_name, read_checkpoint
 from scripts import export_weights
+from training import checkpoint
 from training.distillation import Teacher
 from training.lora import add_lora_around, merge_lora
 
@@ -555,6 +558,35 @@ def test_samples_lie_as_geneval_reads_them(files, trained):
     sample(files, "all", *checkpoint, "--per-proc-batch-size", 3)
     pixels = (folder / "00001" / "samples" / "0000.png").read_bytes()
     assert pixels == before[folder / "00001" / "samples" / "0000.png"]
+
+
+def test_checkpoints_know_what_embedded_their_captions(files, trained, tmp_path):
+    """Another encoder is refused, the same elsewhere is not; files of before say nothing."""
+    path = trained / "checkpoints" / "0000003.pt"
+    state = torch.load(path, weights_only=True)
+    held = open_latents(files / "latents").captions.manifest
+    keys = ("text_encoder", "text_encoder_sha256")
+    assert {key: state["plan"][key] for key in keys} == {key: held[key] for key in keys}
+    write_encoder(tmp_path / "other", seed=1)
+    another = encoder_sha256(tmp_path / "other")
+    both = f"{files / 't5'} .sha256 {held[keys[1]][:12]}. there, {tmp_path / 'other'} .sha256 "
+    other = ["--text-encoder", tmp_path / "other"]
+    for more in (["--graft-fusion-ckpt-path", path], ["--config", trained / "finetuned.yaml"]):
+        with pytest.raises(ValueError, match=f"another encoder .*{both}{another[:12]}.*name that"):
+            sample(files, "another", *more, *other)
+    assert not (files / "samples" / "another").exists()
+    shutil.copytree(files / "t5", tmp_path / "moved")
+    (tmp_path / "moved" / "text_encoder" / "README.md").write_text("moved")
+    more = ["--graft-fusion-ckpt-path", path, "--text-encoder", tmp_path / "moved"]
+    sample(files, "moved", *more, "--num-sampling-steps", 2)
+    plan = load_plan(files / "runs" / "selected-PixArt-Mini" / "selected.yaml")
+    told, flags = plan.with_encoder(str(tmp_path / "other"), another), Namespace(resume=path)
+    with pytest.raises(ValueError, match=f"--resume .*{both}"):
+        checkpoint.check(state | {"entry": checkpoint.entry_name()}, told, flags, {}, ())
+    state["plan"] = plan.architecture()
+    torch.save(state, tmp_path / "before.pt")
+    model, _ = build_grafted(plan, weights=False)
+    load_trained(model, told, tmp_path / "before.pt")
 
 
 @torch.no_grad()
