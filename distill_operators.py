@@ -109,6 +109,8 @@ def main(args: argparse.Namespace) -> None:
         f"{args.num_samples:,} images and {args.val_samples:,} to validate on; {total_steps:,} "
         f"steps of {args.global_batch_size} on {world.size} x {world.device.type}, {dtype}"
     )
+    for line in store.notes:
+        log.info(line)
 
     # Optimisers: one an operator
     guards, schedules = [], []

@@ -109,6 +109,9 @@ def main(args: argparse.Namespace) -> None:
         f"{extent.order['images']:,} images of {args.data_path}; {total_steps:,} steps of "
         f"{args.global_batch_size} on {world.size} x {world.device.type}, {dtype}"
     )
+    for each in (store, *held_out.values()):
+        for line in each.notes:
+            log.info(line)
     for each in filter(None, (model, teacher)):
         for line in accelerate(each, world.device, dtype, model.num_tokens, args.kernels):
             log.info(line)

@@ -120,6 +120,8 @@ def main(args: argparse.Namespace) -> None:
         f"images: {total_steps:,} steps of {args.global_batch_size} on {world.size} x "
         f"{world.device.type}, {dtype}"
     )
+    for line in store.notes:
+        log.info(line)
     for line in accelerate(model, world.device, dtype, model.num_tokens, args.kernels):
         log.info(line)
 

@@ -475,6 +475,28 @@ def sample(files, name, *more):
     return enter("sample_ddp_finetuned", *flags, "--folder-name", name, *more)
 
 
+@pytest.mark.parametrize(
+    ("entry", "flags"),
+    [
+        ("distill_operators", ["--num-samples", 8, "--val-samples", 4]),
+        ("prune_by_learning", ["--groups", "2:4"]),
+        ("finetune_tinyfusion", ["--val-data-path", "VALIDATION"]),
+    ],
+)
+def test_logs_say_what_of_a_store_was_not_checked(files, store, tmp_path, entry, flags):
+    gone = {"vae": "gone/vae", "text_encoder": "gone/t5", "graft_init": "fresh"}
+    plan = write_plan(tmp_path / "plan.yaml", files, **gone)
+    (tmp_path / "held out").symlink_to(store)
+    flags = [tmp_path / "held out" if flag == "VALIDATION" else flag for flag in flags]
+    where = ["--results-dir", tmp_path, "--config", plan, "--max-steps", 1]
+    enter(entry, *train_flags(files, "unchecked", *where, *flags))
+    log = (tmp_path / "unchecked-PixArt-Mini" / "log.txt").read_text()
+    for path in [store, tmp_path / "held out"] if "--val-data-path" in flags else [store]:
+        for network in ("VAE gone/vae", "text encoder gone/t5"):
+            said = f"{network} of {plan} is not here: whether {path} was made with it is not"
+            assert log.count(said) == 1
+
+
 def test_selection_and_low_rank_finetuning_leave_their_marks(files, trained):
     answer = json.loads((files / "runs/selected-PixArt-Mini/selection.json").read_text())
     assert len(answer["kept"]) == 2 and 0 in answer["kept"] and len(answer["grafted"]) == 2
