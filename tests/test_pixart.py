@@ -675,6 +675,11 @@ def test_export_writes_diffusers_format(files, tmp_path):
     expected = {diffusers_name(n): t.half().float() for n, t in model.state_dict().items()}
     assert found.keys() == expected.keys()
     torch.testing.assert_close({n: t.float() for n, t in found.items()}, expected)
+    for name in ("exported.pt", "exported.bin"):
+        export[1] = str(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name}: name a .safetensors file, or of PixArt a"):
+            export_weights.main(export_weights.parse_args(export))
+        assert not (tmp_path / name).exists()
 
 
 # -- files of text -------------------------------------------------------------
