@@ -70,6 +70,7 @@ def main(args: argparse.Namespace) -> None:
     plan = with_base(plan, args.load_weight)
     store = open_latents(args.data_path, num_classes=plan.num_classes)
     store.check_plan(plan)
+    told = store.with_encoder(plan)  # what checkpoints say
     wanted = args.num_samples + args.val_samples
     if len(store) < wanted:
         raise ValueError(
@@ -87,7 +88,7 @@ def main(args: argparse.Namespace) -> None:
     resumed = checkpoint.find(world, args.resume, folder)
     start_step = 0
     if resumed is not None:
-        start_step = checkpoint.check(resumed, plan, args, extent.order, FIXED)
+        start_step = checkpoint.check(resumed, told, args, extent.order, FIXED)
     loader = LatentLoader.from_flags(args, store, world, start_step, train_rows)
 
     # Teacher and students
@@ -110,6 +111,8 @@ def main(args: argparse.Namespace) -> None:
         f"{args.num_samples:,} images and {args.val_samples:,} to validate on; {total_steps:,} "
         f"steps of {args.global_batch_size} on {world.size} x {world.device.type}, {dtype}"
     )
+    for line in store.notes:
+        log.info(line)
 
     # Optimisers: one an operator
     guards, schedules = [], []
@@ -133,7 +136,7 @@ def main(args: argparse.Namespace) -> None:
     parts = {"teacher": teacher, **dict(zip(names, students.operators, strict=True))}
     means = Means(world, [f"loss/{name}" for name in names])
     run = checkpoint.RunState(
-        extent, world, plan, args, means, model=students, opt=steps, best=best
+        extent, world, told, args, means, model=students, opt=steps, best=best
     )
     if resumed is not None:
         run.restore(resumed)

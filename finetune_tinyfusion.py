@@ -63,6 +63,7 @@ def main(args: argparse.Namespace) -> None:
     plan = with_base(plan, args.load_weight)
     store = open_latents(args.data_path, num_classes=plan.num_classes)
     store.check_plan(plan)
+    told = store.with_encoder(plan)  # what checkpoints say
     rows = None
     if args.num_images is not None:
         rows = balanced_rows(store.labels, args.num_images, args.global_seed)
@@ -82,7 +83,7 @@ def main(args: argparse.Namespace) -> None:
     resumed = checkpoint.find(world, args.resume, folder)
     start_step = 0
     if resumed is not None:
-        start_step = checkpoint.check(resumed, plan, args, extent.order, FIXED)
+        start_step = checkpoint.check(resumed, told, args, extent.order, FIXED)
     loader = LatentLoader.from_flags(args, store, world, start_step, rows)
 
     # Model: every tensor from a file, or from the checkpoint that is resumed; its teacher
@@ -108,6 +109,9 @@ def main(args: argparse.Namespace) -> None:
         f"{extent.order['images']:,} images of {args.data_path}; {total_steps:,} steps of "
         f"{args.global_batch_size} on {world.size} x {world.device.type}, {dtype}"
     )
+    for each in (store, *held_out.values()):
+        for line in each.notes:
+            log.info(line)
     for each in filter(None, (model, teacher)):
         for line in accelerate(each, world.device, dtype, model.num_tokens, args.kernels):
             log.info(line)
@@ -129,7 +133,7 @@ def main(args: argparse.Namespace) -> None:
     names = ("loss", "mse", "vb") if teacher is None else ("loss", "mse", "vb", "kd", "features")
     means = Means(world, names)
     run = checkpoint.RunState(
-        extent, world, plan, args, means, model=model, ema=ema, opt=optimizer, sched=lr, guard=guard
+        extent, world, told, args, means, model=model, ema=ema, opt=optimizer, sched=lr, guard=guard
     )
     if resumed is not None:
         run.restore(resumed)

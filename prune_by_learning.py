@@ -82,13 +82,14 @@ def main(args: argparse.Namespace) -> None:
         )
     store = open_latents(args.data_path, num_classes=plan.num_classes)
     store.check_plan(plan)
+    told = store.with_encoder(plan)  # what checkpoints say
     architectures = json.dumps([each.architecture() for each in plans], sort_keys=True)
     extent = checkpoint.extent(args, plan, len(store), plans=architectures)
     folder, total_steps = extent.folder, extent.total_steps
     resumed = checkpoint.find(world, args.resume, folder)
     start_step = 0
     if resumed is not None:
-        start_step = checkpoint.check(resumed, plan, args, extent.order, FIXED)
+        start_step = checkpoint.check(resumed, told, args, extent.order, FIXED)
     loader = LatentLoader.from_flags(args, store, world, start_step)
 
     # Model: original and grafts in every open block; what is trained beside the gates
@@ -129,6 +130,8 @@ def main(args: argparse.Namespace) -> None:
         f"images: {total_steps:,} steps of {args.global_batch_size} on {world.size} x "
         f"{world.device.type}, {dtype}"
     )
+    for line in store.notes:
+        log.info(line)
     for line in accelerate(model, world.device, dtype, model.num_tokens, args.kernels):
         log.info(line)
 
@@ -143,7 +146,7 @@ def main(args: argparse.Namespace) -> None:
     log.info(guard.line)
     means = Means(world, ["loss"])
     run = checkpoint.RunState(
-        extent, world, plan, args, means, model=gated, ema=ema, opt=optimizer, sched=lr, guard=guard
+        extent, world, told, args, means, model=gated, ema=ema, opt=optimizer, sched=lr, guard=guard
     )
     if resumed is not None:
         run.restore(resumed)

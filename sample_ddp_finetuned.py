@@ -63,20 +63,21 @@ def main(args: argparse.Namespace) -> None:
     labels = None
     if args.labels not in LABELS:
         labels = read_labels(args.labels, args.num_fid_samples, plan.num_classes).to(world.device)
-    prompts = encoder = None
+    prompts, encoder, told = None, None, plan
     if plan.captioned:
         prompts = read_prompts(args.prompts, args.images_per_prompt)
         text, text_path = network_of(plan, "text_encoder", args.text_encoder)
         encoder = load_text_encoder(text_path, MAX_TOKENS, world.device, dtype, recorded=text)
         encoder.check_plan(plan)
+        told = plan.with_encoder(encoder.id, encoder.sha256)
     number = args.num_fid_samples if prompts is None else len(prompts)
     vae, vae_path = network_of(plan, "vae", args.vae)
 
     # Model
     checkpoint = args.graft_fusion_ckpt_path
-    model, report = build_grafted(plan, weights=checkpoint is None)
+    model, report = build_grafted(told, weights=checkpoint is None)
     if checkpoint is not None:
-        load_trained(model, plan, checkpoint)
+        load_trained(model, told, checkpoint)
     files = report.resolved if checkpoint is None else {"trained": Path(checkpoint)}
     tensors = report.counts() if checkpoint is None else {"trained": len(model.state_dict())}
     untrained = tensors.get("fresh", 0)

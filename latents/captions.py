@@ -29,7 +29,7 @@ from latents.shards import (
 )
 from latents.text import TextEncoder, normalised
 from models.captions import Captions
-from models.files import read_json
+from models.files import read_json, read_lines
 
 FORMAT, FOLDER = "caption-store", "captions"
 SHARD_SIZE = 1024
@@ -51,12 +51,12 @@ def read_captions(path: str | Path) -> dict[str, str]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line is no such row, or a picture has two.
+        ValueError: a line is no such row or no UTF-8, or a picture has two.
     """
     path, found = Path(path), {}
     if not path.is_file():
         raise FileNotFoundError(f"--captions {path}: no such file")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_lines(path, "--captions"), start=1):
         if not line.strip():
             continue
         where = f"--captions {path}, line {number}"

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from models.files import read_lines
+
 LABELS = ("random", "balanced")  # else a file
 
 
@@ -20,11 +22,10 @@ def read_labels(path: str, count: int, num_classes: int) -> torch.Tensor:
             f"--labels {path}: no such file; use {', '.join(LABELS)} or a file of labels"
         )
     form = "needs one whole number a line, or a .npy of whole numbers [N]"
+    binary = path.endswith(".npy")
+    lines = [] if binary else read_lines(path, "--labels")
     try:
-        if path.endswith(".npy"):
-            labels = np.load(path, allow_pickle=False)
-        else:
-            labels = np.array(list(map(int, Path(path).read_text(encoding="utf-8").splitlines())))
+        labels = np.load(path, allow_pickle=False) if binary else np.array(list(map(int, lines)))
     except (ValueError, EOFError) as error:
         raise ValueError(f"--labels {path}: {form} ({error})") from error
     if labels.ndim != 1 or (labels.dtype.kind not in "iu" and len(labels)):

@@ -18,7 +18,7 @@ import torch
 from latents.captions import padded
 from latents.text import TextEncoder, normalised
 from models.captions import Captions
-from models.files import write_whole
+from models.files import read_lines, write_whole
 
 
 @dataclass
@@ -93,7 +93,7 @@ def read_prompts(path: str | Path, per_prompt: int) -> Prompts:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another suffix, no prompts, or a line that is no such object.
+        ValueError: another suffix, no prompts, or a line that is no such object or no UTF-8.
     """
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl"):
@@ -103,7 +103,7 @@ def read_prompts(path: str | Path, per_prompt: int) -> Prompts:
     if not path.is_file():
         raise FileNotFoundError(f"--prompts {path}: no such file")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_lines(path, "--prompts"), start=1):
         if not line.strip():
             continue
         row = {"prompt": line.strip()}

@@ -44,7 +44,7 @@ from latents.text import encoder_sha256, local_text_encoder
 from models.captions import Captions
 from models.config_files import places
 from models.files import file_sha256, read_json, write_whole
-from models.graft_plan import GraftPlan
+from models.graft_plan import ENCODER_KEYS, GraftPlan
 from models.presets import PRESETS
 
 FORMAT = "latent-store"
@@ -269,6 +269,7 @@ class LatentStore:
         labels: int64 [N]. num_classes: every label is below it. class_names: [] in the old layout.
         captions: what the labels are places in, of a store made with --captions; else None.
         manifest: the manifest as read; of the old layout, what can be told of it.
+        notes: what `check_plan` had to leave unchecked, for the log of the run.
     """
 
     def __init__(
@@ -286,6 +287,7 @@ class LatentStore:
         self.num_mirrors: int = manifest["mirrors"]
         self.class_names: list[str] = manifest["class_names"]
         self.labels = rows.labels
+        self.notes: list[str] = []
         low, high = int(self.labels.min()), int(self.labels.max())
         if captions is not None:
             num_classes = len(captions)
@@ -316,7 +318,7 @@ class LatentStore:
         and the classes or captions with them.
 
         The scale is that of the plan's VAE. It is not compared where that VAE is a folder that is
-        not here, nor for a model from scratch of which no YAML names a VAE.
+        not here (`notes` then says so), nor for a model from scratch of which no YAML names a VAE.
         """
         self._check_condition(plan)
         side = plan.input_size
@@ -325,12 +327,7 @@ class LatentStore:
         if vae not in HUB_NAMES:
             found = [place for place in places(vae, plan.path) if place.is_dir()]
             if not found:
-                log.warning(
-                    "VAE %s of %s is not here: whether %s was made with it is not checked",
-                    vae,
-                    plan.path,
-                    self.path,
-                )
+                self._leave_unchecked("VAE", vae, plan)
                 return
             vae = found[0]
         elif plan.path == FLAGS and plan.base_ckpt_path is None:
@@ -365,18 +362,25 @@ class LatentStore:
             )
         found = local_text_encoder(name, plan.path)
         if found is None:
-            log.warning(
-                "text encoder %s of %s is not here: whether %s was made with it is not checked",
-                name,
-                plan.path,
-                self.path,
-            )
+            self._leave_unchecked("text encoder", name, plan)
         elif encoder_sha256(found) != held["text_encoder_sha256"]:
             raise ValueError(
                 f"{self.path} holds embeddings of text encoder {held['text_encoder']}, which is "
                 f"not {name} of {plan.path} (their hashes differ): extract again with that, or "
                 "name the other in the YAML's sample_config (text_encoder)"
             )
+
+    def _leave_unchecked(self, what: str, name: str, plan: GraftPlan) -> None:
+        self.notes.append(
+            f"{what} {name} of {plan.path} is not here: whether {self.path} was made with it is "
+            "not checked"
+        )
+
+    def with_encoder(self, plan: GraftPlan) -> GraftPlan:
+        """The plan, with what embedded the captions; as it is where there are none."""
+        if self.captions is None:
+            return plan
+        return plan.with_encoder(*(self.captions.manifest[key] for key in ENCODER_KEYS))
 
     def conditions(self, indices: torch.Tensor) -> torch.Tensor | Captions:
         """What a model is told of rows `indices` [B], on the CPU: classes [B], or captions."""

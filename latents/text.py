@@ -1,5 +1,6 @@
 """The text encoder (T5) between captions and what a text-to-image model reads of them."""
 
+import fnmatch
 import hashlib
 import json
 import os
@@ -15,6 +16,10 @@ from models.presets import PRESETS
 
 HUB_NAMES = {"t5": "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers"}
 PARTS = ("text_encoder", "tokenizer")  # subfolders, as of a diffusers pipeline
+# Files that make an encoder and its tokenizer what they are; others may lie beside them
+DEFINING = ("config.json", "*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
+DEFINING += ("tokenizer*.json", "*.model", "special_tokens_map.json", "added_tokens.json")
+DEFINING += ("vocab.*", "merges.txt")
 PIECE, STRIDE = 2**20, 2**26  # bytes read of a weight file for its hash, and from one to the next
 BATCH = 16  # captions at a time, whoever asks: another size may round differently
 
@@ -86,7 +91,7 @@ class TextEncoder:
 
 
 def normalised(text: str) -> str:
-    """A caption as PixArt's training and diffusers' pipeline hand it to T5."""
+    """A caption as diffusers' pipeline hands it to T5 without `clean_caption`."""
     return text.lower().strip()
 
 
@@ -171,12 +176,13 @@ def local_text_encoder(name: str, yaml_path: Path) -> Path | None:
 def encoder_sha256(folder: Path) -> str:
     """Tells text encoders apart without reading all of them (19 GB for T5-XXL).
 
-    The sha256 over sizes, in names' order, of both models' files, and over one MiB in every 64 of
-    each; so small files are read whole.
+    The sha256 over names and sizes, in names' order, of both models' files, and over one MiB in
+    every 64 of each; so small files are read whole. Others than `DEFINING`, such as a README, do
+    not count.
     """
     digest = hashlib.sha256()
     for part in dict.fromkeys(_parts(folder)):
-        for path in sorted(p for p in part.iterdir() if p.is_file()):
+        for path in sorted(p for p in part.iterdir() if p.is_file() and _defines(p.name)):
             size = path.stat().st_size
             digest.update(json.dumps([path.name, size]).encode())
             with open(path, "rb") as file:
@@ -184,6 +190,12 @@ def encoder_sha256(folder: Path) -> str:
                     file.seek(place)
                     digest.update(file.read(PIECE))
     return digest.hexdigest()
+
+
+def _defines(name: str) -> bool:
+    """Whether a file of this name counts in `encoder_sha256`."""
+    known = any(fnmatch.fnmatchcase(name, pattern) for pattern in DEFINING)
+    return known and not name.startswith(".")
 
 
 def _parts(folder: Path) -> tuple[Path, Path]:

@@ -71,6 +71,23 @@ def remove_stale(folder: Path, pattern: str = "*") -> None:
                 partial.unlink()
 
 
+def read_lines(path: str | Path, flag: str) -> list[str]:
+    """The lines of a text that a user made, without their ends; `flag` is what named the file.
+
+    Lines end in \\n or \\r\\n alone: str.splitlines would also part them at such marks within text
+    as U+0085 and U+2028. A byte order mark is left out. ValueError: the file is not UTF-8.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{flag} {path}, line {number}: is not UTF-8 (byte {error.object[error.start]:#04x}); "
+            "save the file in that encoding"
+        ) from error
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+
+
 def read_json(path: str | Path, fix: str) -> dict:
     """The object that a JSON file holds. ValueError, which ends in `fix`, when it is torn."""
     path = Path(path)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from models.presets import PRESETS, is_captioned, latent_size
 
+ENCODER_KEYS = ("text_encoder", "text_encoder_sha256")  # as stores and samples.json say it
 PAIR = "pair"  # takes the slot's place where `graft_weights` names the file of a parallel pair
 
 
@@ -45,6 +46,8 @@ class GraftPlan:
             a grafted checkpoint, and with one an error, as the plan may be meant for another.
         vae: "ema", "mse", "sdxl" or a folder, for sampling.
         text_encoder: "t5" or a folder, of a model that is told captions; None of others.
+        embedded_by: name and sha256 of the text encoder whose embeddings the model is told, once a
+            store or an opened encoder says so; see `with_encoder`.
         parallel_pairs: neighbouring blocks that run side by side, see `models.restructure`.
     """
 
@@ -59,6 +62,7 @@ class GraftPlan:
     graft_init: str | None = None
     vae: str = "ema"
     text_encoder: str | None = None
+    embedded_by: tuple[str, str] | None = None
     parallel_pairs: tuple[tuple[int, int], ...] = ()
 
     @property
@@ -93,6 +97,10 @@ class GraftPlan:
         }
         pairs = tuple(pair for pair in self.parallel_pairs if pair[0] in firsts)
         return replace(self, parallel_pairs=pairs, graft_weights=weights)
+
+    def with_encoder(self, name: str, sha256: str) -> "GraftPlan":
+        """The plan of a model that is told this text encoder's embeddings."""
+        return replace(self, embedded_by=(name, sha256))
 
     @property
     def input_size(self) -> int:
@@ -133,6 +141,8 @@ class GraftPlan:
         }
         if self.parallel_pairs:  # left out elsewhere, so that older checkpoints compare
             found["parallel_pairs"] = [list(pair) for pair in self.parallel_pairs]
+        if self.embedded_by is not None:
+            found |= dict(zip(ENCODER_KEYS, self.embedded_by, strict=True))
         return found
 
     def describe(self) -> str:
@@ -168,7 +178,19 @@ def differences(ours: dict, theirs: dict) -> str:
     mine, other = (side.get("parallel_pairs", []) for side in (ours, theirs))
     if mine != other:
         said.append(f"parallel pairs {other or 'none'} there, {mine or 'none'} here")
-    return "; ".join(said)
+    return "; ".join([*said, *encoder_differences(ours, theirs)])
+
+
+def encoder_differences(ours: Mapping, theirs: Mapping) -> list[str]:
+    """As `differences`, of the text encoders alone; none where either side does not tell its own.
+
+    For example "text encoder t5 (sha256 0123456789ab) there, /data/t5 (sha256 cdef01234567) here".
+    """
+    name, sha256 = ENCODER_KEYS
+    if ours.get(sha256) is None or theirs.get(sha256) in (None, ours[sha256]):
+        return []
+    there, here = (f"{side[name]} (sha256 {side[sha256][:12]})" for side in (theirs, ours))
+    return [f"text encoder {there} there, {here} here"]
 
 
 def config_differences(ours: Mapping, theirs: Mapping) -> list[str]:

@@ -29,7 +29,13 @@ from models.presets import build_model
 from models.restructure import MERGES, parallelize
 from models.selection import GraftChoice, GraftPair, PairChoice
 from models.tensor_sources import LoadReport, TensorSources
-from models.weight_files import check_finite, check_slots, check_whole, refuse_selection
+from models.weight_files import (
+    check_encoder,
+    check_finite,
+    check_slots,
+    check_whole,
+    refuse_selection,
+)
 from models.weights import SLOTS, read_checkpoint
 
 __all__ = [
@@ -282,10 +288,11 @@ def load_trained(model: DiT, plan: GraftPlan, path: str | Path) -> None:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the checkpoint is of another architecture; names what differs.
+        ValueError: the checkpoint is of another architecture or text encoder; names what differs.
     """
     state, stored = read_checkpoint(path)
     refuse_selection(str(path), state)
+    check_encoder(str(path), stored, plan)
     differing = "" if stored is None else differences(plan.architecture(), stored)
     if differing:
         raise ValueError(f"{path}: was trained with another plan than {plan.path}: {differing}")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from models.config_files import shown
-from models.graft_plan import GraftPlan
+from models.graft_plan import GraftPlan, encoder_differences
 from models.operators import OPERATORS
 from models.weights import (
     PIXART_PARTS,
@@ -42,7 +42,8 @@ class OpenedFile:
         tells: the file holds a plan, which says what is grafted.
 
     Raises:
-        ValueError: another depth, or a checkpoint of layer selection.
+        ValueError: another depth, another text encoder than the plan says, or a checkpoint of layer
+            selection.
     """
 
     def __init__(self, label: str, path: Path, plan: GraftPlan) -> None:
@@ -50,6 +51,7 @@ class OpenedFile:
         self.tensors, stored = read_checkpoint(path)
         refuse_selection(str(self), self.tensors)
         check_depth(str(self), self.tensors, plan)
+        check_encoder(str(self), stored, plan)
         self.left = set(self.tensors)
         self.tells = stored is not None
         grafts = stored["grafts"] if stored is not None else []
@@ -88,6 +90,15 @@ def refuse_selection(file: str, state: Mapping) -> None:
         raise ValueError(
             f"{file}: is a checkpoint of prune_by_learning.py: finetune its selected.yaml, or use "
             "--save-model"
+        )
+
+
+def check_encoder(file: str, stored: Mapping | None, plan: GraftPlan) -> None:
+    """Raises ValueError where a checkpoint's plan and this one tell of different text encoders."""
+    for different in encoder_differences(plan.architecture(), stored or {}):
+        raise ValueError(
+            f"{file}: was trained on embeddings of another encoder than the prompts': {different}; "
+            "name that of the checkpoint with --text-encoder or in the YAML's sample_config"
         )
 
 

@@ -26,8 +26,10 @@ def main(args: argparse.Namespace) -> None:
     state, plan = read_checkpoint(args.checkpoint)
     state = {k: v.to(torch.float16).contiguous() for k, v in state.items()}
     if args.out.suffix != ".safetensors":
-        if plan is None or not is_captioned(plan["model_name"]):
-            raise ValueError(f"--out {args.out}: name a .safetensors file; folders are of PixArt")
+        if args.out.suffix or plan is None or not is_captioned(plan["model_name"]):
+            raise ValueError(
+                f"--out {args.out}: name a .safetensors file, or of PixArt a folder (no suffix)"
+            )
         from models.pixart import write_diffusers
 
         write_diffusers(state, pixart_config(plan["model_name"]), args.out)

@@ -64,14 +64,14 @@ def main(args: argparse.Namespace) -> None:
 
 def profile(plans: list[GraftPlan], args: argparse.Namespace) -> list[dict]:
     """One row a plan: "parameters", "gmac", "gflop" of one image's forward, "latency_ms" by batch
-    size or None, the same of the plain model under "plain", and "changes" of the slots in %."""
+    size or None, these of the plain "model" under "plain", and "changes" of the slots in %."""
     plains: dict[tuple, dict] = {}
     rows = []
     for plan in plans:
         plain = costs.plain(plan)
         key = (plan.model_name, plan.image_size, plan.num_classes)
         if key not in plains:
-            plains[key] = measure(plain, args)
+            plains[key] = {"model": plain.describe(), **measure(plain, args)}
         changes = {
             count: {slot: asdict(c) for slot, c in costs.slot_changes(plan, count).items()}
             for count in costs.COUNTS
@@ -125,10 +125,13 @@ def profile_text(rows: list[dict]) -> str:
     lines = [["config"]]
     for title in [*keys, *(f"ms at batch {n}" for n in batches)]:
         lines[0] += [title, "x plain"]
-    shown = []
+    shown, models = [], {row["plain"]["model"] for row in rows}
     for row in rows:
-        for name, cost in (("plain", row["plain"]), (row["config"], row)):
-            if name == "plain" and cost in shown:
+        label = "plain"
+        if len(models) > 1:
+            label += " " + row["plain"]["model"].removesuffix(", no grafts")
+        for name, cost in ((label, row["plain"]), (row["config"], row)):
+            if name == label and cost in shown:
                 continue
             shown.append(cost)
             cells = [name]

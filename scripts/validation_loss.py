@@ -32,6 +32,8 @@ def main(args: argparse.Namespace) -> None:
     stores = [open_latents(path, num_classes=plan.num_classes) for path in args.data_path]
     for store in stores:
         store.check_plan(plan)
+        for line in store.notes if world.main else ():
+            print(line)
     trained = args.graft_fusion_ckpt_path
     model, report = build_grafted(plan, weights=trained is None)
     if trained is not None:

@@ -180,6 +180,20 @@ def test_json_holds_the_same_for_machines(capsys):
     assert len(json.loads(run(capsys, "--json", "--table"))) == 24
 
 
+def test_plain_rows_of_several_models_name_them(capsys):
+    folder = REPOSITORY / "configs"
+    names = "pixart_hyena_x_512", "50p_swa", "pixart_hyena_x_1024", "75p_swa"
+    text = run(capsys, *(str(folder / f"{name}.yaml") for name in names))
+    table = text.split("\n\n")[1].splitlines()[2:]
+    plain = ["PixArt-Sigma-XL-2-512 at 512 px", "DiT-XL/2 at 256 px"]
+    plain.append("PixArt-Sigma-XL-2-1024 at 1024 px")
+    first = [row.split("|")[1].strip() for row in table]
+    assert [name for name in first if name.startswith("plain")] == [f"plain {n}" for n in plain]
+    assert len(first) == len({*first}) == 7
+    table = run(capsys, str(folder / "50p_swa.yaml"), str(folder / "75p_swa.yaml")).split("\n\n")[1]
+    assert [row.split()[1] for row in table.splitlines()[2:]].count("plain") == 1
+
+
 def test_config_without_grafts_has_no_changes(capsys):
     text = run(capsys, str(REPOSITORY / "configs" / "mini" / "no_graft.yaml"))
     assert "8,409,504 |  1.0000" in text and "slot" not in text

@@ -148,19 +148,22 @@ def test_files_without_fitting_labels_are_refused(tmp_path):
     def refused(name, content, match):
         path = tmp_path / name
         if isinstance(content, str):
-            path.write_text(content)
+            path.write_text(content, encoding="latin-1")
         else:
             np.save(path, content)
         with pytest.raises(ValueError, match=match) as error:
             read_labels(str(path), 3, 9)
-        assert str(error.value).startswith(f"--labels {path}: ")
+        assert str(error.value).startswith((f"--labels {path}: ", f"--labels {path}, line 2: "))
 
     (tmp_path / "good.txt").write_text("0\n8\n 2\n1")
     assert read_labels(str(tmp_path / "good.txt"), 3, 9).tolist() == [0, 8, 2, 1]
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbf0\r\n8\r\n2")
+    assert read_labels(str(tmp_path / "marked.txt"), 3, 9).tolist() == [0, 8, 2]
     refused("short.txt", "1\n2\n", "2 labels for 3 images")
     refused("none.txt", "", "0 labels for 3 images")
     refused("words.txt", "1\ncat\n2\n", "one whole number a line.*'cat'")
     refused("blank.txt", "1\n\n2\n", "one whole number a line")
+    refused("latin.txt", "1\n\xe9\n2\n", "latin.txt, line 2: is not UTF-8")
     refused("range.txt", "0\n9\n1\n", "label 9 of image 1 is outside the 9 classes, 0 to 8")
     refused("below.npy", np.array([0, 1, -1]), "label -1 of image 2")
     refused("floats.npy", np.zeros(3), r"holds float64 \[3\]")

@@ -1,10 +1,13 @@
 """PixArt-Sigma: equal to diffusers' class, and through all entries with a tiny text encoder."""
 
 import contextlib
+import hashlib
 import importlib
 import io
 import json
+import shutil
 import sys
+from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
@@ -16,9 +19,10 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.samplers import sample as draw
-from latents.prompts import Prompts
+from latents.captions import read_captions
+from latents.prompts import Prompts, read_prompts
 from latents.store import open_latents
-from latents.text import load_text_encoder
+from latents.text import encoder_sha256, load_text_encoder
 from models import costs
 from models.captions import Captions
 from models.grafting import build_grafted, graft, load_plan, load_trained
@@ -30,6 +34,7 @@ from models.presets import blank_condition, build_model, latent_size, pixart_con
 from models.selection import GraftPair
 from models.weights import diffusers_name, our_name, read_checkpoint
 from scripts import export_weights
+from training import checkpoint
 from training.distillation import Teacher
 from training.lora import add_lora_around, merge_lora
 
@@ -413,6 +418,27 @@ def test_captions_make_another_store_for_another_model(files, store, write_laten
         opened.check_plan(load_plan(other))
 
 
+def test_only_what_defines_an_encoder_tells_it_from_others(tmp_path):
+    """Hashes of before, which stores hold, stay those of folders without other files."""
+    digest = hashlib.sha256()
+    for part, names in (
+        ("text_encoder", ["config.json", "model-00001-of-00001.safetensors"]),
+        ("tokenizer", ["special_tokens_map.json", "spiece.model", "tokenizer_config.json"]),
+    ):
+        (tmp_path / part).mkdir()
+        for name in names:
+            (tmp_path / part / name).write_text(part + name)
+            digest.update(json.dumps([name, len(part + name)]).encode() + (part + name).encode())
+    assert encoder_sha256(tmp_path) == digest.hexdigest()
+    for name in (".DS_Store", "README.md", "._model.safetensors", ".gitattributes"):
+        (tmp_path / "text_encoder" / name).write_text("no part of the encoder")
+    assert encoder_sha256(tmp_path) == digest.hexdigest()
+    for name in ("text_encoder/pytorch_model.bin", "tokenizer/tokenizer.json"):
+        before = encoder_sha256(tmp_path)
+        (tmp_path / name).write_text("{}")
+        assert encoder_sha256(tmp_path) != before
+
+
 # -- the entries ---------------------------------------------------------------
 
 
@@ -447,6 +473,28 @@ def sample(files, name, *more):
     flags = ["--config", plan, "--prompts", files / "prompts.jsonl", "--images-per-prompt", 2]
     flags += ["--num-sampling-steps", 3, "--sample-dir", files / "samples"]
     return enter("sample_ddp_finetuned", *flags, "--folder-name", name, *more)
+
+
+@pytest.mark.parametrize(
+    ("entry", "flags"),
+    [
+        ("distill_operators", ["--num-samples", 8, "--val-samples", 4]),
+        ("prune_by_learning", ["--groups", "2:4"]),
+        ("finetune_tinyfusion", ["--val-data-path", "VALIDATION"]),
+    ],
+)
+def test_logs_say_what_of_a_store_was_not_checked(files, store, tmp_path, entry, flags):
+    gone = {"vae": "gone/vae", "text_encoder": "gone/t5", "graft_init": "fresh"}
+    plan = write_plan(tmp_path / "plan.yaml", files, **gone)
+    (tmp_path / "held out").symlink_to(store)
+    flags = [tmp_path / "held out" if flag == "VALIDATION" else flag for flag in flags]
+    where = ["--results-dir", tmp_path, "--config", plan, "--max-steps", 1]
+    enter(entry, *train_flags(files, "unchecked", *where, *flags))
+    log = (tmp_path / "unchecked-PixArt-Mini" / "log.txt").read_text()
+    for path in [store, tmp_path / "held out"] if "--val-data-path" in flags else [store]:
+        for network in ("VAE gone/vae", "text encoder gone/t5"):
+            said = f"{network} of {plan} is not here: whether {path} was made with it is not"
+            assert log.count(said) == 1
 
 
 def test_selection_and_low_rank_finetuning_leave_their_marks(files, trained):
@@ -534,6 +582,35 @@ def test_samples_lie_as_geneval_reads_them(files, trained):
     assert pixels == before[folder / "00001" / "samples" / "0000.png"]
 
 
+def test_checkpoints_know_what_embedded_their_captions(files, trained, tmp_path):
+    """Another encoder is refused, the same elsewhere is not; files of before say nothing."""
+    path = trained / "checkpoints" / "0000003.pt"
+    state = torch.load(path, weights_only=True)
+    held = open_latents(files / "latents").captions.manifest
+    keys = ("text_encoder", "text_encoder_sha256")
+    assert {key: state["plan"][key] for key in keys} == {key: held[key] for key in keys}
+    write_encoder(tmp_path / "other", seed=1)
+    another = encoder_sha256(tmp_path / "other")
+    both = f"{files / 't5'} .sha256 {held[keys[1]][:12]}. there, {tmp_path / 'other'} .sha256 "
+    other = ["--text-encoder", tmp_path / "other"]
+    for more in (["--graft-fusion-ckpt-path", path], ["--config", trained / "finetuned.yaml"]):
+        with pytest.raises(ValueError, match=f"another encoder .*{both}{another[:12]}.*name that"):
+            sample(files, "another", *more, *other)
+    assert not (files / "samples" / "another").exists()
+    shutil.copytree(files / "t5", tmp_path / "moved")
+    (tmp_path / "moved" / "text_encoder" / "README.md").write_text("moved")
+    more = ["--graft-fusion-ckpt-path", path, "--text-encoder", tmp_path / "moved"]
+    sample(files, "moved", *more, "--num-sampling-steps", 2)
+    plan = load_plan(files / "runs" / "selected-PixArt-Mini" / "selected.yaml")
+    told, flags = plan.with_encoder(str(tmp_path / "other"), another), Namespace(resume=path)
+    with pytest.raises(ValueError, match=f"--resume .*{both}"):
+        checkpoint.check(state | {"entry": checkpoint.entry_name()}, told, flags, {}, ())
+    state["plan"] = plan.architecture()
+    torch.save(state, tmp_path / "before.pt")
+    model, _ = build_grafted(plan, weights=False)
+    load_trained(model, told, tmp_path / "before.pt")
+
+
 @torch.no_grad()
 def test_draws_what_diffusers_pipeline_draws(files):
     """Up to the embeddings' rounding to float16; the same scheduler as the published pipeline's."""
@@ -598,6 +675,44 @@ def test_export_writes_diffusers_format(files, tmp_path):
     expected = {diffusers_name(n): t.half().float() for n, t in model.state_dict().items()}
     assert found.keys() == expected.keys()
     torch.testing.assert_close({n: t.float() for n, t in found.items()}, expected)
+    for name in ("exported.pt", "exported.bin"):
+        export[1] = str(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name}: name a .safetensors file, or of PixArt a"):
+            export_weights.main(export_weights.parse_args(export))
+        assert not (tmp_path / name).exists()
+
+
+# -- files of text -------------------------------------------------------------
+
+MARKED = "a\u2028red\u0085circle\x0cbig"  # marks at which str.splitlines parts a text
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff"], ids=["bare", "with a byte order mark"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lines_of_prompts_and_captions_end_at_newlines_alone(tmp_path, start, end):
+    texts = [MARKED, "the blue square"]
+    files = {name: tmp_path / name for name in ("p.txt", "p.jsonl", "c.jsonl")}
+    rows = [{"prompt": text, "file_name": f"{i}.png", "text": text} for i, text in enumerate(texts)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    for name, held in (("p.txt", texts), ("p.jsonl", lines), ("c.jsonl", lines)):
+        files[name].write_bytes((start + "".join(line + end for line in held)).encode())
+    assert read_prompts(files["p.txt"], 1).rows == [{"prompt": text} for text in texts]
+    assert read_prompts(files["p.jsonl"], 1).rows == rows
+    assert read_captions(files["c.jsonl"]) == {"0.png": MARKED, "1.png": "the blue square"}
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_text_that_is_not_utf8_is_one_error(tmp_path, encoding):
+    line = 1 if encoding == "utf-16" else 2
+    for name, flag, read in (
+        ("p.txt", "--prompts", lambda path: read_prompts(path, 1)),
+        ("c.jsonl", "--captions", read_captions),
+    ):
+        path = tmp_path / name
+        path.write_text('{"file_name": "0.png", "text": "a"}\ncaf\xe9\n', encoding=encoding)
+        with pytest.raises(ValueError, match="is not UTF-8 .*; save the file in that") as error:
+            read(path)
+        assert str(error.value).startswith(f"{flag} {path}, line {line}: ")
 
 
 # -- bad input -----------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Parallel pairs: their definition, both ways to run them, what they load, learn and refuse."""
+"""Parallel pairs: their definition, how they run, what they load, learn and refuse."""
 
 import copy
 from functools import partial
