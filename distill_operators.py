@@ -131,7 +131,7 @@ def main(args: argparse.Namespace) -> None:
     parts = {"teacher": teacher, **dict(zip(names, students.operators, strict=True))}
     means = Means(world, [f"loss/{name}" for name in names])
     run = checkpoint.RunState(
-        extent, world, plan, args, means, model=students, opt=steps, best=best
+        extent, world, plan, args, means, log, model=students, opt=steps, best=best
     )
     if resumed is not None:
         run.restore(resumed)

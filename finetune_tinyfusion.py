@@ -128,9 +128,8 @@ def main(args: argparse.Namespace) -> None:
     log.info(guard.line)
     names = ("loss", "mse", "vb") if teacher is None else ("loss", "mse", "vb", "kd", "features")
     means = Means(world, names)
-    run = checkpoint.RunState(
-        extent, world, plan, args, means, model=model, ema=ema, opt=optimizer, sched=lr, guard=guard
-    )
+    parts = {"model": model, "ema": ema, "opt": optimizer, "sched": lr, "guard": guard}
+    run = checkpoint.RunState(extent, world, plan, args, means, log, **parts)
     if resumed is not None:
         run.restore(resumed)
         del resumed

@@ -132,9 +132,8 @@ def main(args: argparse.Namespace) -> None:
     guard = StepGuard(optimizer, args.clip_grad, ema, args.kernels)
     log.info(guard.line)
     means = Means(world, ["loss"])
-    run = checkpoint.RunState(
-        extent, world, plan, args, means, model=gated, ema=ema, opt=optimizer, sched=lr, guard=guard
-    )
+    parts = {"model": gated, "ema": ema, "opt": optimizer, "sched": lr, "guard": guard}
+    run = checkpoint.RunState(extent, world, plan, args, means, log, **parts)
     if resumed is not None:
         run.restore(resumed)
         del resumed

@@ -392,14 +392,15 @@ def test_milestones_divide_the_rate():
 
 
 def run_state(folder, **flags):
-    """A RunState of a small layer over 10 steps, and that layer."""
+    """A RunState of a small layer over 10 steps, and that layer; `log.said` is what it says."""
     plan = GraftPlan(Path("p.yaml"), "DiT-Mini/2", 64, 9)
     settings = {"ckpt_every": 2, "keep_last": None, "keep_every": None, **flags}
     extent = checkpoint.Extent(folder, 5, 10, {"images": 9})
     layer = torch.nn.Linear(2, 2)
-    means = Means(CPU, ["loss"])
+    means, said = Means(CPU, ["loss"]), []
+    log = SimpleNamespace(info=said.append, said=said)
     return checkpoint.RunState(
-        extent, CPU, plan, Namespace(**settings), means, model=layer, opt=layer
+        extent, CPU, plan, Namespace(**settings), means, log, model=layer, opt=layer
     ), layer
 
 
@@ -448,6 +449,39 @@ def test_old_checkpoints_go_and_milestones_stay(tmp_path):
         run.step_done(step, False)
     kept = sorted(int(p.stem) for p in (tmp_path / "checkpoints").glob("*.pt"))
     assert kept == [4, 8, 9, 10]
+
+
+def test_a_run_resumed_earlier_sets_aside_what_came_later(tmp_path):
+    """What it writes stays, though later steps lay in the folder, and "auto" goes on from that."""
+    folder = tmp_path / "checkpoints"
+    first, _ = run_state(tmp_path)
+    for step in range(1, 11):
+        first.step_done(step, False)
+    for aside in ("aside-1", "aside-2"):
+        run, _ = run_state(tmp_path, ckpt_every=3, keep_last=2)
+        run.restore(checkpoint.find(CPU, str(folder / "0000004.pt"), tmp_path))
+        assert (folder / "latest").read_text() == "0000004.pt\n"
+        later = sorted(path.name for path in (folder / aside).iterdir())
+        assert run.log.said == [f"resumed before {', '.join(later)}: set aside in {folder / aside}"]
+        run.signals.noted = True
+        with pytest.raises(distributed.Preempted, match="goes on from .*0000005.pt"):
+            run.step_done(5, False)
+        assert checkpoint.find(CPU, "auto", tmp_path)["train_steps"] == 5
+    assert sorted(path.name for path in (folder / "aside-1").iterdir()) == [
+        "0000006.pt", "0000008.pt", "0000010.pt",
+    ]  # fmt: skip
+    assert [path.name for path in (folder / "aside-2").iterdir()] == ["0000005.pt"]
+
+
+def test_what_was_just_written_stays_whatever_lies_beside_it(tmp_path):
+    run, _ = run_state(tmp_path, keep_last=1)
+    for step in (1, 8, 9):
+        checkpoint.save(tmp_path / "checkpoints" / f"000000{step}.pt", state(step))
+    run.signals.noted = True
+    with pytest.raises(distributed.Preempted):
+        run.step_done(5, False)
+    kept = [int(path.stem) for path in checkpoint.held_in(tmp_path / "checkpoints")]
+    assert kept == [9, 8, 5]
 
 
 def test_a_write_that_fails_is_heard(tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """Checkpoints that are whole or absent: written aside, synced, renamed; read as plain data."""
 
 import logging
+import os
 import pickle
+import re
 import sys
 import zipfile
 from argparse import Namespace
@@ -16,7 +18,7 @@ from models.plan import GraftPlan, differences
 from training import distributed
 from training.distributed import Preempted, World, barrier, gather_objects
 from training.preemption import StopSignals
-from training.runlog import Means
+from training.runlog import Means, RunLog
 
 FORMAT = 1
 KEYS = ("model", "opt", "train_steps", "plan", "rng", "position", "args", "entry")
@@ -34,6 +36,10 @@ def save(path: str | Path, state: dict) -> None:
     if not set(KEYS) <= set(state):
         raise ValueError(f"checkpoint {path}: entries {sorted(state)} lack some of {sorted(KEYS)}")
     write_tensors(path, {**state, "format": FORMAT})
+    _name_latest(path)
+
+
+def _name_latest(path: Path) -> None:
     write_whole(path.with_name("latest"), lambda p: p.write_text(path.name + "\n"))
 
 
@@ -117,6 +123,20 @@ def extent(args: Namespace, plan: GraftPlan, images: int, **more) -> Extent:
     return Extent(folder, steps_per_epoch, total_steps, order)
 
 
+def held_in(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, the newest first; none where there is no such folder."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    found = [folder / name for name in names if re.fullmatch(r"\d+\.pt", name)]
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem)
+
+
 def find(world: World, resume: str | None, folder: Path) -> dict | None:
     """The state to go on from: None for a fresh start. Every process gets the same.
 
@@ -129,7 +149,7 @@ def find(world: World, resume: str | None, folder: Path) -> dict | None:
     """
 
     def choose() -> str | None:
-        held = sorted((folder / "checkpoints").glob("[0-9]*.pt"), reverse=True)
+        held = held_in(folder / "checkpoints")
         if resume is None:
             if held:
                 raise ValueError(
@@ -202,6 +222,7 @@ class RunState:
         plan: what the model is.
         args: the entry's flags.
         means: the sums of the log line to come; every process has its own.
+        log: is told what becomes of the checkpoints.
         parts: "model", "ema", "opt", "sched" and others with state_dict and load_state_dict.
     """
 
@@ -212,11 +233,12 @@ class RunState:
         plan: GraftPlan,
         args: Namespace,
         means: Means,
+        log: RunLog,
         **parts,
     ) -> None:
         self.folder = extent.folder / "checkpoints"
         self.extent, self.world, self.plan, self.args = extent, world, plan, args
-        self.means, self.parts = means, parts
+        self.means, self.log, self.parts = means, log, parts
         self.signals = StopSignals()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future | None = None
@@ -225,7 +247,8 @@ class RunState:
         """Puts everything back to what `save` wrote.
 
         The random generators only on the same number of processes; training does not draw from
-        them (its randomness is a function of seed, epoch and sample).
+        them (its randomness is a function of seed, epoch and sample). Checkpoints of later steps
+        are of a run that is not continued: rank 0 sets them aside, lest "auto" take them up again.
         """
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
@@ -236,6 +259,25 @@ class RunState:
             torch.set_rng_state(mine["cpu"])
             if self.world.device.type == "cuda" and "cuda" in mine:
                 torch.cuda.set_rng_state(mine["cuda"], self.world.device)
+        if self.world.main:
+            self._set_aside(state["train_steps"])
+
+    def _set_aside(self, step: int) -> None:
+        beyond = [path for path in held_in(self.folder) if _step_of(path) > step]
+        if not beyond:
+            return
+        number = 1
+        while (aside := self.folder / f"aside-{number}").exists():
+            number += 1
+        aside.mkdir()
+        for path in beyond:
+            path.rename(aside / path.name)
+        latest = self.folder / "latest"
+        latest.unlink(missing_ok=True)
+        for newest in held_in(self.folder)[:1]:
+            _name_latest(newest)
+        names = ", ".join(path.name for path in reversed(beyond))
+        self.log.info(f"resumed before {names}: set aside in {aside}")
 
     def step_done(self, step: int, logged: bool) -> Path | None:
         """Writes a checkpoint when one is due after `step` finished steps; every process calls it.
@@ -302,9 +344,10 @@ class RunState:
         keep = self.args.keep_last
         if keep is None:
             return
-        for old in sorted(self.folder.glob("[0-9]*.pt"), reverse=True)[keep:]:
+        so_far = [old for old in held_in(self.folder) if _step_of(old) <= _step_of(path)]
+        for old in so_far[keep:]:
             every = self.args.keep_every
-            if every is None or int(old.stem) % every:
+            if every is None or _step_of(old) % every:
                 old.unlink()
 
 
