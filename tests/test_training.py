@@ -69,6 +69,26 @@ def test_checkpoints_are_whole_or_passed_over(tmp_path, caplog):
     assert "0000002.pt cannot be read" in caplog.text
     assert checkpoint.find(CPU, "auto", tmp_path / "empty") is None
     assert "starting afresh" in caplog.text
+    (folder / "0000001.pt").write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match="no checkpoint of .* is whole .0000001.pt, 0000002.pt.:"):
+        checkpoint.find(CPU, "auto", tmp_path)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoints"
+    checkpoint.save(folder / "0000001.pt", state(1))
+    (folder / "0000002.pt").symlink_to("/proc/self/mem")  # opens, and gives an error of the disk
+    for resume in ("auto", str(folder / "0000002.pt")):
+        with pytest.raises(ValueError, match="0000002.pt cannot be read .*: make it readable"):
+            checkpoint.find(CPU, resume, tmp_path)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    for resume in ("auto", None):
+        with pytest.raises(ValueError, match=r"checkpoints cannot be read \(Permission denied\)"):
+            checkpoint.find(CPU, resume, tmp_path)
 
 
 def test_fresh_start_into_a_used_folder_is_refused(tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from models.files import write_whole
+from models.files import naming, write_whole
 from models.plan import GraftPlan, differences
 from training import distributed
 from training.distributed import Preempted, World, barrier, gather_objects
@@ -63,6 +63,7 @@ def load(path: str | Path) -> dict:
 
     Raises:
         FileNotFoundError: no such file.
+        OSError: a file that cannot be read, which says nothing of what it holds.
         ValueError: torn, not a checkpoint of these scripts, or of a newer format.
     """
     path = Path(path)
@@ -70,11 +71,15 @@ def load(path: str | Path) -> dict:
         raise FileNotFoundError(f"--resume {path}: no such checkpoint")
     if path.suffix == ".safetensors":
         raise ValueError(f"--resume {path}: weights only; start from them with --load-weight")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"checkpoint {path} cannot be read: torn, or no checkpoint")
+    with naming(path), open(path, "rb") as file:
+        # The end, in which zipfile takes an error of the disk for that of the file
+        file.seek(max(0, path.stat().st_size - 2**17))
+        file.read()
+        if not zipfile.is_zipfile(file):
+            raise ValueError(f"checkpoint {path} cannot be read: torn, or no checkpoint")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"checkpoint {path} cannot be read (torn or foreign): {error}") from error
     if not isinstance(state, dict) or not {*KEYS, "format"} <= set(state):
         raise ValueError(
@@ -145,32 +150,52 @@ def find(world: World, resume: str | None, folder: Path) -> dict | None:
         folder: the run folder.
 
     Raises:
-        ValueError: a fresh start into a folder that holds a run, or an unreadable file.
+        ValueError: a fresh start into a folder that holds a run, a file that cannot be read, or
+            checkpoints none of which is whole.
     """
 
     def choose() -> str | None:
-        held = held_in(folder / "checkpoints")
-        if resume is None:
-            if held:
-                raise ValueError(
-                    f"{folder} holds a run already ({held[0].name}): continue it with --resume "
-                    "auto, or choose another --prefix"
-                )
-            return None
-        if resume != "auto":
-            load(resume)
-            return resume
-        for path in held:
-            try:
-                load(path)
-                return str(path)
-            except ValueError as error:
-                log.warning("%s; trying the one before", error)
-        log.warning("--resume auto: no checkpoint in %s; starting afresh", folder)
-        return None
+        try:
+            return _chosen(resume, folder)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise ValueError(
+                f"{error.filename} cannot be read ({error.strerror}), so what there is to continue "
+                "is not known: make it readable, or name another checkpoint with --resume FILE"
+            ) from error
 
     path = distributed.decide(world, choose)
     return None if path is None else load(path)
+
+
+def _chosen(resume: str | None, folder: Path) -> str | None:
+    """The file that `find` goes on from."""
+    held = held_in(folder / "checkpoints")
+    if resume is None:
+        if held:
+            raise ValueError(
+                f"{folder} holds a run already ({held[0].name}): continue it with --resume auto, "
+                "or choose another --prefix"
+            )
+        return None
+    if resume != "auto":
+        load(resume)
+        return resume
+    for path in held:
+        try:
+            load(path)
+            return str(path)
+        except ValueError as error:
+            log.warning("%s; trying the one before", error)
+    if held:
+        raise ValueError(
+            f"--resume auto: no checkpoint of {folder} is whole "
+            f"({', '.join(path.name for path in reversed(held))}): name one that is with --resume "
+            "FILE, or start anew under another --prefix"
+        )
+    log.warning("--resume auto: no checkpoint in %s; starting afresh", folder)
+    return None
 
 
 def check(
