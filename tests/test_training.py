@@ -74,6 +74,29 @@ def test_checkpoints_are_whole_or_passed_over(tmp_path, caplog):
         checkpoint.find(CPU, "auto", tmp_path)
 
 
+def test_a_checkpoint_with_a_hole_is_passed_over(tmp_path, caplog):
+    """Its ends are there: only the checksums tell, and a damaged directory of them is no crash."""
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2):
+        weights = {"w": torch.full((9000,), float(step))}
+        checkpoint.save(folder / f"000000{step}.pt", {**state(step), "model": weights})
+    whole = (folder / "0000002.pt").read_bytes()
+    hole = slice(16_000, 20_000)
+    (folder / "0000002.pt").write_bytes(whole[: hole.start] + bytes(4000) + whole[hole.stop :])
+    assert checkpoint.load(folder / "0000002.pt")["model"]["w"].min() == 0
+    assert checkpoint.find(CPU, "auto", tmp_path)["train_steps"] == 1
+    assert "0000002.pt cannot be read: torn, damaged, or no checkpoint (Bad CRC-32" in caplog.text
+    with pytest.raises(ValueError, match="0000002.pt cannot be read: torn, damaged"):
+        checkpoint.find(CPU, str(folder / "0000002.pt"), tmp_path)
+    for at in range(len(whole) - 400, len(whole)):  # the directory, then where it lies
+        (folder / "0000002.pt").write_bytes(whole[:at] + b"\xff" * 8 + whole[at + 8 :])
+        try:
+            loaded = checkpoint.load(folder / "0000002.pt", check_sums=True)
+        except ValueError:
+            continue
+        assert loaded["model"]["w"].eq(2).all()
+
+
 def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
     folder = tmp_path / "checkpoints"
     checkpoint.save(folder / "0000001.pt", state(1))

@@ -4,6 +4,7 @@ import logging
 import os
 import pickle
 import re
+import struct
 import sys
 import zipfile
 from argparse import Namespace
@@ -22,6 +23,8 @@ from training.runlog import Means, RunLog
 
 FORMAT = 1
 KEYS = ("model", "opt", "train_steps", "plan", "rng", "position", "args", "entry")
+# What zipfile raises where the bytes of an archive are not those that were written
+DAMAGE = (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, struct.error)
 log = logging.getLogger(__name__)
 
 
@@ -58,13 +61,18 @@ def write_tensors(path: Path, state: dict) -> None:
     write_whole(path, write)
 
 
-def load(path: str | Path) -> dict:
+def load(path: str | Path, check_sums: bool = False) -> dict:
     """Opens a training checkpoint of this repository; its tensors are mapped, not read.
+
+    Args:
+        path: of the file.
+        check_sums: first read it all, against the checksums that torch.save wrote and torch.load
+            does not look at: a lost block leaves a hole in a file whose ends are there.
 
     Raises:
         FileNotFoundError: no such file.
         OSError: a file that cannot be read, which says nothing of what it holds.
-        ValueError: torn, not a checkpoint of these scripts, or of a newer format.
+        ValueError: torn, damaged, not a checkpoint of these scripts, or of a newer format.
     """
     path = Path(path)
     if not path.is_file():
@@ -75,8 +83,14 @@ def load(path: str | Path) -> dict:
         # The end, in which zipfile takes an error of the disk for that of the file
         file.seek(max(0, path.stat().st_size - 2**17))
         file.read()
-        if not zipfile.is_zipfile(file):
-            raise ValueError(f"checkpoint {path} cannot be read: torn, or no checkpoint")
+        try:
+            with zipfile.ZipFile(file) as archive:
+                if check_sums:
+                    _check_sums(archive, path.stat().st_size)
+        except DAMAGE as error:
+            raise ValueError(
+                f"checkpoint {path} cannot be read: torn, damaged, or no checkpoint ({error})"
+            ) from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -91,6 +105,16 @@ def load(path: str | Path) -> dict:
             f"checkpoint {path} has format {state['format']}; this code reads {FORMAT}"
         )
     return state
+
+
+def _check_sums(archive: zipfile.ZipFile, size: int) -> None:
+    for record in archive.infolist():
+        if not 0 <= record.header_offset < size:
+            raise zipfile.BadZipFile(f"{record.filename} lies outside")
+        if record.CRC:  # else torch.save was told to write none
+            with archive.open(record) as content:
+                while content.read(2**20):
+                    pass
 
 
 @dataclass(frozen=True)
@@ -180,11 +204,11 @@ def _chosen(resume: str | None, folder: Path) -> str | None:
             )
         return None
     if resume != "auto":
-        load(resume)
+        load(resume, check_sums=True)
         return resume
     for path in held:
         try:
-            load(path)
+            load(path, check_sums=True)
             return str(path)
         except ValueError as error:
             log.warning("%s; trying the one before", error)
