@@ -224,8 +224,7 @@ def main(args: argparse.Namespace) -> None:
             began = time.perf_counter()
             validate(step)
             logged_at += time.perf_counter() - began
-        if path := run.step_done(step, logged=logged_step == step):
-            log.info(f"saved {path}")
+        run.step_done(step, logged=logged_step == step)
     bar.close()
 
     # The operators

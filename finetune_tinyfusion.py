@@ -213,8 +213,7 @@ def main(args: argparse.Namespace) -> None:
             log.metrics(step, **{f"val_{key}/{name}": value for key, value in found.items()})
             log.info(f"step {step:07d}  loss of the EMA on {name} {found['loss']:.4f}")
         logged_at += time.perf_counter() - began
-        if path := run.step_done(step, logged=logged_step == step):
-            log.info(f"saved {path}")
+        run.step_done(step, logged=logged_step == step)
     bar.close()
     last = folder / "checkpoints" / f"{total_steps:07d}.pt"
     if world.main and not plan.is_plain:

@@ -221,8 +221,7 @@ def main(args: argparse.Namespace) -> None:
             if world.main:
                 write_trajectory_line(trajectory, step, average, scaling)
             logged_step, logged_at = step, time.perf_counter()
-        if path := run.step_done(step, logged=logged_step == step):
-            log.info(f"saved {path}")
+        run.step_done(step, logged=logged_step == step)
     bar.close()
 
     # The answer

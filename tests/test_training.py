@@ -472,18 +472,24 @@ def test_checkpoints_are_written_aside_of_what_they_were_when_due(tmp_path, monk
 
     monkeypatch.setattr(checkpoint, "save", slow)
     run, layer = run_state(tmp_path)
-    assert run.step_done(1, True) is None
+    run.step_done(1, True)
     before = layer.weight.detach().clone()
-    path = run.step_done(2, False)
+    run.step_done(2, False)
+    path = tmp_path / "checkpoints/0000002.pt"
     with torch.no_grad():
         layer.weight.add_(1)  # the training goes on before the file is there
-    assert not path.exists()
+    run.step_done(3, False)
+    assert not path.exists() and not run.log.said
     held.set()
-    for step in range(3, 11):
+    run._writer.submit(int).result()  # after the checkpoint
+    run.step_done(3, False)
+    assert run.log.said == [f"saved {path}"]
+    for step in range(4, 11):
         run.step_done(step, False)
     assert torch.equal(checkpoint.load(path)["model"]["weight"], before)
     assert checkpoint.load(tmp_path / "checkpoints/0000010.pt")["train_steps"] == 10
-    assert len(list((tmp_path / "checkpoints").glob("*.pt"))) == 5
+    files = sorted((tmp_path / "checkpoints").glob("*.pt"))
+    assert len(files) == 5 and run.log.said == [f"saved {file}" for file in files]
 
 
 def test_old_checkpoints_go_and_milestones_stay(tmp_path):
@@ -527,21 +533,23 @@ def test_what_was_just_written_stays_whatever_lies_beside_it(tmp_path):
     assert kept == [9, 8, 5]
 
 
-def test_a_write_that_fails_is_heard(tmp_path, monkeypatch):
+def test_a_write_that_fails_is_heard_at_the_next_step(tmp_path, monkeypatch):
     def full(path, state):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save", full)
     run, _ = run_state(tmp_path)
     run.step_done(2, False)
+    run._writer.submit(int).result()  # after the checkpoint
     with pytest.raises(OSError, match="No space left"):
-        run.step_done(4, False)
+        run.step_done(3, False)
+    assert not run.log.said
 
 
 def test_a_signal_ends_the_run_after_a_whole_checkpoint(tmp_path):
     before = signal.getsignal(signal.SIGUSR1)
     run, _ = run_state(tmp_path)
-    assert run.step_done(3, True) is None
+    run.step_done(3, True)
     os.kill(os.getpid(), signal.SIGUSR1)
     with pytest.raises(distributed.Preempted, match="after step 5; --resume auto goes on from"):
         run.step_done(5, False)

@@ -290,7 +290,7 @@ class RunState:
         self.means, self.log, self.parts = means, log, parts
         self.signals = StopSignals()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing: Future | None = None
+        self._writing: tuple[Path, Future] | None = None
 
     def restore(self, state: dict) -> None:
         """Puts everything back to what `save` wrote.
@@ -328,18 +328,21 @@ class RunState:
         names = ", ".join(path.name for path in reversed(beyond))
         self.log.info(f"resumed before {names}: set aside in {aside}")
 
-    def step_done(self, step: int, logged: bool) -> Path | None:
+    def step_done(self, step: int, logged: bool) -> None:
         """Writes a checkpoint when one is due after `step` finished steps; every process calls it.
 
         One is due every --ckpt-every steps, at the end, and when a scheduler asked to stop. Several
-        processes agree on that where they meet anyway, which `logged` says.
+        processes agree on that where they meet anyway, which `logged` says. The log is told of a
+        checkpoint once it is whole, at the next step or, of the last, before this returns.
 
         Raises:
+            OSError: a checkpoint could not be written; on rank 0, at the step after it failed.
             Preempted: after the checkpoint of a stop is whole.
         """
+        if self._writing is not None and self._writing[1].done():
+            self._wait()
         last = step == self.extent.total_steps
         stop = not last and self.signals.agreed(self.world, logged)
-        path = None
         if last or stop or step % self.args.ckpt_every == 0:
             path = self.save(step)
         if last or stop:
@@ -350,13 +353,12 @@ class RunState:
             raise Preempted(
                 f"stopped by a signal after step {step}; --resume auto goes on from {path}"
             )
-        return path
 
     def save(self, step: int) -> Path:
         """Writes checkpoints/<step>.pt beside the training; every process calls it.
 
-        The state is copied to the host before this returns; a thread of rank 0 writes it. An error
-        of the write before is raised here.
+        The state is copied to the host before this returns; a thread of rank 0 writes it, once the
+        one before is whole.
         """
         rng = {"cpu": torch.get_rng_state()}
         if self.world.device.type == "cuda":
@@ -380,13 +382,14 @@ class RunState:
                 "position": position,
                 "args": vars(self.args),
             }
-            self._writing = self._writer.submit(self._write, path, _on_host(state))
+            self._writing = path, self._writer.submit(self._write, path, _on_host(state))
         return path
 
     def _wait(self) -> None:
         if self._writing is not None:
-            writing, self._writing = self._writing, None
+            (path, writing), self._writing = self._writing, None
             writing.result()
+            self.log.info(f"saved {path}")
 
     def _write(self, path: Path, state: dict) -> None:
         save(path, state)
