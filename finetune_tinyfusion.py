@@ -67,7 +67,9 @@ def main(args: argparse.Namespace) -> None:
     if args.num_images is not None:
         rows = balanced_rows(store.labels, args.num_images, args.global_seed)
     images = args.num_images or len(store)
-    extent = checkpoint.extent(args, plan, images, stored=len(store), num_images=args.num_images)
+    extent = checkpoint.extent(
+        args, plan, store, images, stored=len(store), num_images=args.num_images
+    )
     folder, total_steps = extent.folder, extent.total_steps
     held_out = {
         Path(p).name: open_latents(p, num_classes=plan.num_classes) for p in args.val_data_path

@@ -156,6 +156,8 @@ def test_checkpoint_of_another_run_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             checkpoint.check({**held, **change}, plan, args, {"images": 9}, ("lr",))
+    older = {**held, "position": {}, "args": {}}  # says nothing of what came later
+    assert checkpoint.check(older, plan, args, {"images": 9}, ("lr",)) == 7
 
 
 def test_records_are_cut_to_the_resumed_step(tmp_path):

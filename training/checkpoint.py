@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from latents.store import LatentStore
 from models.files import naming, write_whole
 from models.plan import GraftPlan, differences
 from training import distributed
@@ -134,15 +135,18 @@ class Extent:
     order: dict
 
 
-def extent(args: Namespace, plan: GraftPlan, images: int, **more) -> Extent:
+def extent(args: Namespace, plan: GraftPlan, store: LatentStore, images: int, **more) -> Extent:
     """The extent that an entry's flags (`training.arguments.add_run`) mean for so many images.
 
-    more: further plain data that a resumed run must have the same.
+    Args:
+        store: where the images are from.
+        more: further plain data that a resumed run must have the same.
     """
     steps_per_epoch = images // args.global_batch_size
     total_steps = min(args.epochs * steps_per_epoch, args.max_steps or sys.maxsize)
     order = {
         "images": images,
+        "latents_sha256": store.sha256,
         "global_batch_size": args.global_batch_size,
         "global_seed": args.global_seed,
         "total_steps": total_steps,
@@ -228,7 +232,8 @@ def check(
     """The step to go on from, once the checkpoint is seen to belong to this run.
 
     Args:
-        order: what the order of the samples and the schedules depend on; see `Extent`.
+        order: what the order of the samples and the schedules depend on; see `Extent`. Of what the
+            checkpoint says nothing, as an older one may not, nothing is compared.
         fixed: names of flags that must be as they were.
 
     Raises:
@@ -246,12 +251,11 @@ def check(
             f"{different}"
         )
     flags = {name: getattr(args, name) for name in fixed}
-    known = {key: value for key, value in flags.items() if key in state["args"]}
-    for there, here in ((state["position"], order), (state["args"], known)):
+    for there, here in ((state["position"], order), (state["args"], flags)):
         for key, value in here.items():
-            if there.get(key) != value:
+            if key in there and there[key] != value:
                 raise ValueError(
-                    f"--resume: the checkpoint's run had {key} {there.get(key)}, this one has "
+                    f"--resume: the checkpoint's run had {key} {there[key]}, this one has "
                     f"{value}; continue with the old value or start anew under another --prefix"
                 )
     return state["train_steps"]
