@@ -524,6 +524,19 @@ def test_a_run_resumed_earlier_sets_aside_what_came_later(tmp_path):
     assert [path.name for path in (folder / "aside-2").iterdir()] == ["0000005.pt"]
 
 
+def test_partial_files_of_any_step_go(tmp_path):
+    """A run killed in the checkpoint of a stop leaves one of a step that never comes again."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    old, young = folder / ".0000003.pt.11.partial", folder / ".0000005.pt.12.partial"
+    for partial in (old, young):
+        partial.touch()
+    os.utime(old, (0, 0))
+    run, _ = run_state(tmp_path)
+    run.step_done(10, False)
+    assert young.exists() and not old.exists()
+
+
 def test_what_was_just_written_stays_whatever_lies_beside_it(tmp_path):
     run, _ = run_state(tmp_path, keep_last=1)
     for step in (1, 8, 9):

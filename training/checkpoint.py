@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from latents.store import LatentStore
-from models.files import naming, write_whole
+from models.files import naming, remove_stale, write_whole
 from models.plan import GraftPlan, differences
 from training import distributed
 from training.distributed import Preempted, World, barrier, gather_objects
@@ -396,6 +396,7 @@ class RunState:
             self.log.info(f"saved {path}")
 
     def _write(self, path: Path, state: dict) -> None:
+        remove_stale(self.folder, "*.pt")  # a stop comes at any step
         save(path, state)
         keep = self.args.keep_last
         if keep is None:
