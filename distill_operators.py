@@ -79,7 +79,7 @@ def main(args: argparse.Namespace) -> None:
     base = plan.base_ckpt_path and find_file(plan.base_ckpt_path, plan.path, "base_ckpt_path")
     teacher_sha256 = distributed.decide(world, lambda: base and file_sha256(base))
     extent = checkpoint.extent(
-        args, plan, store, args.num_samples, stored=len(store), teacher_sha256=teacher_sha256
+        args, plan, store, dtype, args.num_samples, stored=len(store), teacher_sha256=teacher_sha256
     )
     folder, total_steps = extent.folder, extent.total_steps
     resumed = checkpoint.find(world, args.resume, folder)

@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
         rows = balanced_rows(store.labels, args.num_images, args.global_seed)
     images = args.num_images or len(store)
     extent = checkpoint.extent(
-        args, plan, store, images, stored=len(store), num_images=args.num_images
+        args, plan, store, dtype, images, stored=len(store), num_images=args.num_images
     )
     folder, total_steps = extent.folder, extent.total_steps
     held_out = {

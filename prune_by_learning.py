@@ -76,7 +76,7 @@ def main(args: argparse.Namespace) -> None:
     store = open_latents(args.data_path, num_classes=plan.num_classes)
     store.check_plan(plan)
     architectures = json.dumps([each.architecture() for each in plans], sort_keys=True)
-    extent = checkpoint.extent(args, plan, store, len(store), plans=architectures)
+    extent = checkpoint.extent(args, plan, store, dtype, len(store), plans=architectures)
     folder, total_steps = extent.folder, extent.total_steps
     resumed = checkpoint.find(world, args.resume, folder)
     start_step = 0

@@ -659,6 +659,16 @@ def test_a_shard_that_vanishes_is_one_error(tiny):
     assert re.fullmatch(r"error: \S+-latents.npy is missing: rerun extract_features.py .*\n", said)
 
 
+def test_another_precision_is_refused(tiny):
+    """Also where the flag that was left out now means another."""
+    stage, flags = "finetune_tinyfusion.py", ["--max-steps", 3]
+    begin(tiny, stage, "precise", *flags).join()
+    flags += ["--resume", "auto", "--precision"]
+    said = begin(tiny, stage, "precise", *flags, "bf16").join(code=2)
+    assert "had precision float32, this one has bfloat16 (set by --precision)" in said
+    begin(tiny, stage, "precise", *flags, "fp32").join()
+
+
 def test_latents_put_in_the_place_of_others_are_refused(tiny):
     """As many as before, of the same shape; a checkpoint that says nothing of them goes on."""
     stage, flags = "finetune_tinyfusion.py", ["--max-steps", 3, "--data-path", tiny / "replaced"]

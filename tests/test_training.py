@@ -139,25 +139,27 @@ def test_bad_checkpoints_are_named(tmp_path):
 
 def test_checkpoint_of_another_run_is_refused():
     plan = GraftPlan(Path("p.yaml"), "DiT-Mini/2", 64, 9)
-    args = Namespace(lr=1e-4, resume="auto")
+    args = Namespace(lr=1e-4, resume="auto", data_path="d", epochs=1, max_steps=9)
     held = {
         "entry": checkpoint.entry_name(),
         "plan": plan.architecture(),
-        "position": {"images": 9},
+        "position": {"images": 9, "total_steps": 9},
         "args": {"lr": 1e-4},
         "train_steps": 7,
     }
-    assert checkpoint.check(held, plan, args, {"images": 9}, ("lr",)) == 7
+    order = {"images": 9, "total_steps": 9}
+    assert checkpoint.check(held, plan, args, order, ("lr",)) == 7
     for change, message in (
         ({"entry": "other.py"}, "is of other.py, not of"),
         ({"plan": GraftPlan(Path("p"), "DiT-Mini/2", 64, 5).architecture()}, "num_classes"),
-        ({"position": {"images": 8}}, "images 8, this one has 9"),
+        ({"position": {"images": 8}}, r"images 8, this one has 9 \(set by --data-path\)"),
+        ({"position": {"total_steps": 3}}, r"this one has 9 \(set by --max-steps and --epochs\)"),
         ({"args": {"lr": 1.0}}, "lr 1.0, this one has 0.0001"),
     ):
         with pytest.raises(ValueError, match=message):
-            checkpoint.check({**held, **change}, plan, args, {"images": 9}, ("lr",))
+            checkpoint.check({**held, **change}, plan, args, order, ("lr",))
     older = {**held, "position": {}, "args": {}}  # says nothing of what came later
-    assert checkpoint.check(older, plan, args, {"images": 9}, ("lr",)) == 7
+    assert checkpoint.check(older, plan, args, order, ("lr",)) == 7
 
 
 def test_records_are_cut_to_the_resumed_step(tmp_path):

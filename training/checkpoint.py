@@ -24,6 +24,15 @@ from training.runlog import Means, RunLog
 
 FORMAT = 1
 KEYS = ("model", "opt", "train_steps", "plan", "rng", "position", "args", "entry")
+# What a resumed run must have the same -> the flags that set it, where not the one of its name
+FLAGS = {
+    "images": ("data_path", "num_images", "num_samples"),
+    "latents_sha256": ("data_path",),
+    "stored": ("data_path",),
+    "total_steps": ("max_steps", "epochs"),
+    "teacher_sha256": ("load_weight", "config_filepath"),
+    "plans": ("config_filepath", "candidates"),
+}
 # What zipfile raises where the bytes of an archive are not those that were written
 DAMAGE = (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, struct.error)
 log = logging.getLogger(__name__)
@@ -120,13 +129,13 @@ def _check_sums(archive: zipfile.ZipFile, size: int) -> None:
 
 @dataclass(frozen=True)
 class Extent:
-    """Where a training run is kept and how long it is.
+    """Where a training run is kept, how long it is and what it must stay like.
 
     Attributes:
         folder: the run folder.
         steps_per_epoch, total_steps: of the global batch.
-        order: what the order of the samples and the schedules depend on, as plain data; a resumed
-            run must have the same.
+        order: what the order of the samples, the schedules and the precision depend on, as plain
+            data; a resumed run must have the same.
     """
 
     folder: Path
@@ -135,11 +144,19 @@ class Extent:
     order: dict
 
 
-def extent(args: Namespace, plan: GraftPlan, store: LatentStore, images: int, **more) -> Extent:
+def extent(
+    args: Namespace,
+    plan: GraftPlan,
+    store: LatentStore,
+    dtype: torch.dtype,
+    images: int,
+    **more,
+) -> Extent:
     """The extent that an entry's flags (`training.arguments.add_run`) mean for so many images.
 
     Args:
         store: where the images are from.
+        dtype: what `training.precision` chose.
         more: further plain data that a resumed run must have the same.
     """
     steps_per_epoch = images // args.global_batch_size
@@ -150,6 +167,7 @@ def extent(args: Namespace, plan: GraftPlan, store: LatentStore, images: int, **
         "global_batch_size": args.global_batch_size,
         "global_seed": args.global_seed,
         "total_steps": total_steps,
+        "precision": str(dtype).removeprefix("torch."),
         **more,
     }
     folder = Path(args.results_dir) / f"{args.prefix}-{plan.model_name.replace('/', '-')}"
@@ -232,8 +250,8 @@ def check(
     """The step to go on from, once the checkpoint is seen to belong to this run.
 
     Args:
-        order: what the order of the samples and the schedules depend on; see `Extent`. Of what the
-            checkpoint says nothing, as an older one may not, nothing is compared.
+        order: see `Extent`; of it what the checkpoint, as an older one, does not have is not
+            compared.
         fixed: names of flags that must be as they were.
 
     Raises:
@@ -254,9 +272,12 @@ def check(
     for there, here in ((state["position"], order), (state["args"], flags)):
         for key, value in here.items():
             if key in there and there[key] != value:
+                names = [name for name in FLAGS.get(key, (key,)) if hasattr(args, name)]
+                by = " and ".join(f"--{name.replace('_', '-')}" for name in names)
                 raise ValueError(
                     f"--resume: the checkpoint's run had {key} {there[key]}, this one has "
-                    f"{value}; continue with the old value or start anew under another --prefix"
+                    f"{value} (set by {by}); continue with the old value or start anew under "
+                    "another --prefix"
                 )
     return state["train_steps"]
 
