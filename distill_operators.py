@@ -82,7 +82,7 @@ def main(args: argparse.Namespace) -> None:
     base = plan.base_ckpt_path and find_file(plan.base_ckpt_path, plan.path, "base_ckpt_path")
     teacher_sha256 = distributed.decide(world, lambda: base and file_sha256(base))
     extent = checkpoint.extent(
-        args, plan, args.num_samples, stored=len(store), teacher_sha256=teacher_sha256
+        args, plan, store, dtype, args.num_samples, stored=len(store), teacher_sha256=teacher_sha256
     )
     folder, total_steps = extent.folder, extent.total_steps
     resumed = checkpoint.find(world, args.resume, folder)
@@ -136,7 +136,7 @@ def main(args: argparse.Namespace) -> None:
     parts = {"teacher": teacher, **dict(zip(names, students.operators, strict=True))}
     means = Means(world, [f"loss/{name}" for name in names])
     run = checkpoint.RunState(
-        extent, world, told, args, means, model=students, opt=steps, best=best
+        extent, world, told, args, means, log, model=students, opt=steps, best=best
     )
     if resumed is not None:
         run.restore(resumed)
@@ -231,8 +231,7 @@ def main(args: argparse.Namespace) -> None:
             began = time.perf_counter()
             validate(step)
             logged_at += time.perf_counter() - began
-        if path := run.step_done(step, logged=logged_step == step):
-            log.info(f"saved {path}")
+        run.step_done(step, logged=logged_step == step)
     bar.close()
 
     # The operators

@@ -68,7 +68,9 @@ def main(args: argparse.Namespace) -> None:
     if args.num_images is not None:
         rows = balanced_rows(store.labels, args.num_images, args.global_seed)
     images = args.num_images or len(store)
-    extent = checkpoint.extent(args, plan, images, stored=len(store), num_images=args.num_images)
+    extent = checkpoint.extent(
+        args, plan, store, dtype, images, stored=len(store), num_images=args.num_images
+    )
     folder, total_steps = extent.folder, extent.total_steps
     held_out = {
         Path(p).name: open_latents(p, num_classes=plan.num_classes) for p in args.val_data_path
@@ -132,9 +134,8 @@ def main(args: argparse.Namespace) -> None:
     log.info(guard.line)
     names = ("loss", "mse", "vb") if teacher is None else ("loss", "mse", "vb", "kd", "features")
     means = Means(world, names)
-    run = checkpoint.RunState(
-        extent, world, told, args, means, model=model, ema=ema, opt=optimizer, sched=lr, guard=guard
-    )
+    parts = {"model": model, "ema": ema, "opt": optimizer, "sched": lr, "guard": guard}
+    run = checkpoint.RunState(extent, world, told, args, means, log, **parts)
     if resumed is not None:
         run.restore(resumed)
         del resumed
@@ -218,8 +219,7 @@ def main(args: argparse.Namespace) -> None:
             log.metrics(step, **{f"val_{key}/{name}": value for key, value in found.items()})
             log.info(f"step {step:07d}  loss of the EMA on {name} {found['loss']:.4f}")
         logged_at += time.perf_counter() - began
-        if path := run.step_done(step, logged=logged_step == step):
-            log.info(f"saved {path}")
+        run.step_done(step, logged=logged_step == step)
     bar.close()
     last = folder / "checkpoints" / f"{total_steps:07d}.pt"
     if world.main and not plan.is_plain:

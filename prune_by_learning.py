@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> None:
     store.check_plan(plan)
     told = store.with_encoder(plan)  # what checkpoints say
     architectures = json.dumps([each.architecture() for each in plans], sort_keys=True)
-    extent = checkpoint.extent(args, plan, len(store), plans=architectures)
+    extent = checkpoint.extent(args, plan, store, dtype, len(store), plans=architectures)
     folder, total_steps = extent.folder, extent.total_steps
     resumed = checkpoint.find(world, args.resume, folder)
     start_step = 0
@@ -145,9 +145,8 @@ def main(args: argparse.Namespace) -> None:
     guard = StepGuard(optimizer, args.clip_grad, ema, args.kernels)
     log.info(guard.line)
     means = Means(world, ["loss"])
-    run = checkpoint.RunState(
-        extent, world, told, args, means, model=gated, ema=ema, opt=optimizer, sched=lr, guard=guard
-    )
+    parts = {"model": gated, "ema": ema, "opt": optimizer, "sched": lr, "guard": guard}
+    run = checkpoint.RunState(extent, world, told, args, means, log, **parts)
     if resumed is not None:
         run.restore(resumed)
         del resumed
@@ -235,8 +234,7 @@ def main(args: argparse.Namespace) -> None:
             if world.main:
                 write_trajectory_line(trajectory, step, average, scaling)
             logged_step, logged_at = step, time.perf_counter()
-        if path := run.step_done(step, logged=logged_step == step):
-            log.info(f"saved {path}")
+        run.step_done(step, logged=logged_step == step)
     bar.close()
 
     # The answer

@@ -14,6 +14,8 @@ labels are read once and kept in imagenet<size>_labels.cache.npy, which may be d
 """
 
 import contextlib
+import hashlib
+import json
 import logging
 import math
 import os
@@ -303,6 +305,14 @@ class LatentStore:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def sha256(self) -> str:
+        """Of what a training reads, by the manifest's records; in the old layout of the labels."""
+        read = {key: self.manifest.get(key) for key in ("shards", "scale", "captions_sha256")}
+        if read["shards"] is None:
+            read["labels"] = hashlib.sha256(self.labels.tobytes()).hexdigest()
+        return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
 
     def check_shape(self, shape: tuple[int, int, int], wanted_by: str) -> None:
         """ValueError unless the latents are (C, h, w) = `shape`; `wanted_by` names the model."""

@@ -286,6 +286,22 @@ def test_latents_are_draws_of_the_sample(tmp_path):
     assert not torch.equal(store.latents(moments, index, 4, 2), x)
 
 
+def test_the_hash_of_a_store_is_of_what_trainings_read(tmp_path):
+    """Not of where it lies: other latents, labels, scale."""
+    first = open_latents(make_store(tmp_path / "one")).sha256
+    assert open_latents(make_store(tmp_path / "two")).sha256 == first
+    edit_manifest(tmp_path / "two", lambda m: m.update(class_names=["a", "b", "c"]))
+    assert open_latents(tmp_path / "two").sha256 == first
+    edit_manifest(tmp_path / "two", lambda m: m.update(scale=0.5))
+    assert open_latents(tmp_path / "two").sha256 != first
+    other = make_store(tmp_path / "three", kind="sample")
+    assert open_latents(other).sha256 != first
+    make_old(tmp_path / "old")
+    old = open_latents(tmp_path / "old").sha256
+    np.save(tmp_path / "old" / "imagenet256_labels" / "3.npy", np.array([2]))
+    assert open_latents(tmp_path / "old").sha256 != old
+
+
 def test_stored_samples_are_only_picked(tmp_path):
     store = open_latents(make_store(tmp_path, kind="sample"))
     index = torch.arange(N)

@@ -610,7 +610,7 @@ def test_an_unwritable_results_folder_is_one_error(tiny, stage):
     assert [p.name for p in closed.iterdir()] == ["earlier.txt"]
 
 
-def sharded(folder, scale=0.18215):
+def sharded(folder, scale=0.18215, seed=0):
     """A store of twelve images in three shards."""
     settings = {"kind": "sample", "count": 12, "shard_size": 4, "shape": [4, 8, 8]}
     settings |= {"dtype": "float16", "mirrors": 1, "vae": "ema", "vae_sha256": "0", "scale": scale}
@@ -618,7 +618,9 @@ def sharded(folder, scale=0.18215):
     writer = StoreWriter(folder, settings)
     writer.begin([0, 1, 2])
     for shard in range(3):
-        latents = np.random.default_rng(shard).normal(size=(4, 1, 4, 8, 8)).astype(np.float16)
+        latents = (
+            np.random.default_rng([seed, shard]).normal(size=(4, 1, 4, 8, 8)).astype(np.float16)
+        )
         writer.write_shard(shard, latents, np.arange(4) % 3, [])
     writer.finish()
     return folder
@@ -633,12 +635,11 @@ def test_a_shard_that_vanishes_is_one_error(tiny):
         done = checkpoint.RunState.step_done
 
         def after(self, step, logged):
-            path = done(self, step, logged)
+            done(self, step, logged)
             if step == 1:
                 self._wait()
                 for file in (store / "shards").glob("*-latents.npy"):
                     file.unlink()
-            return path
 
         gather = store_module._Shards.gather
 
@@ -656,6 +657,33 @@ def test_a_shard_that_vanishes_is_one_error(tiny):
     assert newest_whole(tiny, "vanish") >= 1
     said = begin(tiny, stage, "vanish", *flags, "--resume", "auto").join(code=2)
     assert re.fullmatch(r"error: \S+-latents.npy is missing: rerun extract_features.py .*\n", said)
+
+
+def test_another_precision_is_refused(tiny):
+    """Also where the flag that was left out now means another."""
+    stage, flags = "finetune_tinyfusion.py", ["--max-steps", 3]
+    begin(tiny, stage, "precise", *flags).join()
+    flags += ["--resume", "auto", "--precision"]
+    said = begin(tiny, stage, "precise", *flags, "bf16").join(code=2)
+    assert "had precision float32, this one has bfloat16 (set by --precision)" in said
+    begin(tiny, stage, "precise", *flags, "fp32").join()
+
+
+def test_latents_put_in_the_place_of_others_are_refused(tiny):
+    """As many as before, of the same shape; a checkpoint that says nothing of them goes on."""
+    stage, flags = "finetune_tinyfusion.py", ["--max-steps", 3, "--data-path", tiny / "replaced"]
+    sharded(tiny / "replaced")
+    begin(tiny, stage, "replaced", *flags).join()
+    shutil.rmtree(tiny / "replaced")
+    sharded(tiny / "replaced", seed=1)
+    said = begin(tiny, stage, "replaced", *flags, "--resume", "auto").join(code=2)
+    assert re.fullmatch(r"error: --resume: .* had latents_sha256 \w+, this one has .*\n", said)
+    path = tiny / "replaced-DiT-Tiny-2" / "checkpoints" / "0000003.pt"
+    state = torch.load(path, weights_only=True)
+    del state["position"]["latents_sha256"]
+    torch.save(state, path)
+    said = begin(tiny, stage, "replaced", *flags, "--resume", "auto").join()
+    assert "resumed at step 3\n" in said
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -69,6 +69,49 @@ def test_checkpoints_are_whole_or_passed_over(tmp_path, caplog):
     assert "0000002.pt cannot be read" in caplog.text
     assert checkpoint.find(CPU, "auto", tmp_path / "empty") is None
     assert "starting afresh" in caplog.text
+    (folder / "0000001.pt").write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match="no checkpoint of .* is whole .0000001.pt, 0000002.pt.:"):
+        checkpoint.find(CPU, "auto", tmp_path)
+
+
+def test_a_checkpoint_with_a_hole_is_passed_over(tmp_path, caplog):
+    """Its ends are there: only the checksums tell, and a damaged directory of them is no crash."""
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2):
+        weights = {"w": torch.full((9000,), float(step))}
+        checkpoint.save(folder / f"000000{step}.pt", {**state(step), "model": weights})
+    whole = (folder / "0000002.pt").read_bytes()
+    hole = slice(16_000, 20_000)
+    (folder / "0000002.pt").write_bytes(whole[: hole.start] + bytes(4000) + whole[hole.stop :])
+    assert checkpoint.load(folder / "0000002.pt")["model"]["w"].min() == 0
+    assert checkpoint.find(CPU, "auto", tmp_path)["train_steps"] == 1
+    assert "0000002.pt cannot be read: torn, damaged, or no checkpoint (Bad CRC-32" in caplog.text
+    with pytest.raises(ValueError, match="0000002.pt cannot be read: torn, damaged"):
+        checkpoint.find(CPU, str(folder / "0000002.pt"), tmp_path)
+    for at in range(len(whole) - 400, len(whole)):  # the directory, then where it lies
+        (folder / "0000002.pt").write_bytes(whole[:at] + b"\xff" * 8 + whole[at + 8 :])
+        try:
+            loaded = checkpoint.load(folder / "0000002.pt", check_sums=True)
+        except ValueError:
+            continue
+        assert loaded["model"]["w"].eq(2).all()
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoints"
+    checkpoint.save(folder / "0000001.pt", state(1))
+    (folder / "0000002.pt").symlink_to("/proc/self/mem")  # opens, and gives an error of the disk
+    for resume in ("auto", str(folder / "0000002.pt")):
+        with pytest.raises(ValueError, match="0000002.pt cannot be read .*: make it readable"):
+            checkpoint.find(CPU, resume, tmp_path)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    for resume in ("auto", None):
+        with pytest.raises(ValueError, match=r"checkpoints cannot be read \(Permission denied\)"):
+            checkpoint.find(CPU, resume, tmp_path)
 
 
 def test_fresh_start_into_a_used_folder_is_refused(tmp_path):
@@ -96,23 +139,27 @@ def test_bad_checkpoints_are_named(tmp_path):
 
 def test_checkpoint_of_another_run_is_refused():
     plan = GraftPlan(Path("p.yaml"), "DiT-Mini/2", 64, 9)
-    args = Namespace(lr=1e-4, resume="auto")
+    args = Namespace(lr=1e-4, resume="auto", data_path="d", epochs=1, max_steps=9)
     held = {
         "entry": checkpoint.entry_name(),
         "plan": plan.architecture(),
-        "position": {"images": 9},
+        "position": {"images": 9, "total_steps": 9},
         "args": {"lr": 1e-4},
         "train_steps": 7,
     }
-    assert checkpoint.check(held, plan, args, {"images": 9}, ("lr",)) == 7
+    order = {"images": 9, "total_steps": 9}
+    assert checkpoint.check(held, plan, args, order, ("lr",)) == 7
     for change, message in (
         ({"entry": "other.py"}, "is of other.py, not of"),
         ({"plan": GraftPlan(Path("p"), "DiT-Mini/2", 64, 5).architecture()}, "num_classes"),
-        ({"position": {"images": 8}}, "images 8, this one has 9"),
+        ({"position": {"images": 8}}, r"images 8, this one has 9 \(set by --data-path\)"),
+        ({"position": {"total_steps": 3}}, r"this one has 9 \(set by --max-steps and --epochs\)"),
         ({"args": {"lr": 1.0}}, "lr 1.0, this one has 0.0001"),
     ):
         with pytest.raises(ValueError, match=message):
-            checkpoint.check({**held, **change}, plan, args, {"images": 9}, ("lr",))
+            checkpoint.check({**held, **change}, plan, args, order, ("lr",))
+    older = {**held, "position": {}, "args": {}}  # says nothing of what came later
+    assert checkpoint.check(older, plan, args, order, ("lr",)) == 7
 
 
 def test_records_are_cut_to_the_resumed_step(tmp_path):
@@ -392,14 +439,15 @@ def test_milestones_divide_the_rate():
 
 
 def run_state(folder, **flags):
-    """A RunState of a small layer over 10 steps, and that layer."""
+    """A RunState of a small layer over 10 steps, and that layer; `log.said` is what it says."""
     plan = GraftPlan(Path("p.yaml"), "DiT-Mini/2", 64, 9)
     settings = {"ckpt_every": 2, "keep_last": None, "keep_every": None, **flags}
     extent = checkpoint.Extent(folder, 5, 10, {"images": 9})
     layer = torch.nn.Linear(2, 2)
-    means = Means(CPU, ["loss"])
+    means, said = Means(CPU, ["loss"]), []
+    log = SimpleNamespace(info=said.append, said=said)
     return checkpoint.RunState(
-        extent, CPU, plan, Namespace(**settings), means, model=layer, opt=layer
+        extent, CPU, plan, Namespace(**settings), means, log, model=layer, opt=layer
     ), layer
 
 
@@ -428,18 +476,24 @@ def test_checkpoints_are_written_aside_of_what_they_were_when_due(tmp_path, monk
 
     monkeypatch.setattr(checkpoint, "save", slow)
     run, layer = run_state(tmp_path)
-    assert run.step_done(1, True) is None
+    run.step_done(1, True)
     before = layer.weight.detach().clone()
-    path = run.step_done(2, False)
+    run.step_done(2, False)
+    path = tmp_path / "checkpoints/0000002.pt"
     with torch.no_grad():
         layer.weight.add_(1)  # the training goes on before the file is there
-    assert not path.exists()
+    run.step_done(3, False)
+    assert not path.exists() and not run.log.said
     held.set()
-    for step in range(3, 11):
+    run._writer.submit(int).result()  # after the checkpoint
+    run.step_done(3, False)
+    assert run.log.said == [f"saved {path}"]
+    for step in range(4, 11):
         run.step_done(step, False)
     assert torch.equal(checkpoint.load(path)["model"]["weight"], before)
     assert checkpoint.load(tmp_path / "checkpoints/0000010.pt")["train_steps"] == 10
-    assert len(list((tmp_path / "checkpoints").glob("*.pt"))) == 5
+    files = sorted((tmp_path / "checkpoints").glob("*.pt"))
+    assert len(files) == 5 and run.log.said == [f"saved {file}" for file in files]
 
 
 def test_old_checkpoints_go_and_milestones_stay(tmp_path):
@@ -450,21 +504,69 @@ def test_old_checkpoints_go_and_milestones_stay(tmp_path):
     assert kept == [4, 8, 9, 10]
 
 
-def test_a_write_that_fails_is_heard(tmp_path, monkeypatch):
+def test_a_run_resumed_earlier_sets_aside_what_came_later(tmp_path):
+    """What it writes stays, though later steps lay in the folder, and "auto" goes on from that."""
+    folder = tmp_path / "checkpoints"
+    first, _ = run_state(tmp_path)
+    for step in range(1, 11):
+        first.step_done(step, False)
+    for aside in ("aside-1", "aside-2"):
+        run, _ = run_state(tmp_path, ckpt_every=3, keep_last=2)
+        run.restore(checkpoint.find(CPU, str(folder / "0000004.pt"), tmp_path))
+        assert (folder / "latest").read_text() == "0000004.pt\n"
+        later = sorted(path.name for path in (folder / aside).iterdir())
+        assert run.log.said == [f"resumed before {', '.join(later)}: set aside in {folder / aside}"]
+        run.signals.noted = True
+        with pytest.raises(distributed.Preempted, match="goes on from .*0000005.pt"):
+            run.step_done(5, False)
+        assert checkpoint.find(CPU, "auto", tmp_path)["train_steps"] == 5
+    assert sorted(path.name for path in (folder / "aside-1").iterdir()) == [
+        "0000006.pt", "0000008.pt", "0000010.pt",
+    ]  # fmt: skip
+    assert [path.name for path in (folder / "aside-2").iterdir()] == ["0000005.pt"]
+
+
+def test_partial_files_of_any_step_go(tmp_path):
+    """A run killed in the checkpoint of a stop leaves one of a step that never comes again."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    old, young = folder / ".0000003.pt.11.partial", folder / ".0000005.pt.12.partial"
+    for partial in (old, young):
+        partial.touch()
+    os.utime(old, (0, 0))
+    run, _ = run_state(tmp_path)
+    run.step_done(10, False)
+    assert young.exists() and not old.exists()
+
+
+def test_what_was_just_written_stays_whatever_lies_beside_it(tmp_path):
+    run, _ = run_state(tmp_path, keep_last=1)
+    for step in (1, 8, 9):
+        checkpoint.save(tmp_path / "checkpoints" / f"000000{step}.pt", state(step))
+    run.signals.noted = True
+    with pytest.raises(distributed.Preempted):
+        run.step_done(5, False)
+    kept = [int(path.stem) for path in checkpoint.held_in(tmp_path / "checkpoints")]
+    assert kept == [9, 8, 5]
+
+
+def test_a_write_that_fails_is_heard_at_the_next_step(tmp_path, monkeypatch):
     def full(path, state):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save", full)
     run, _ = run_state(tmp_path)
     run.step_done(2, False)
+    run._writer.submit(int).result()  # after the checkpoint
     with pytest.raises(OSError, match="No space left"):
-        run.step_done(4, False)
+        run.step_done(3, False)
+    assert not run.log.said
 
 
 def test_a_signal_ends_the_run_after_a_whole_checkpoint(tmp_path):
     before = signal.getsignal(signal.SIGUSR1)
     run, _ = run_state(tmp_path)
-    assert run.step_done(3, True) is None
+    run.step_done(3, True)
     os.kill(os.getpid(), signal.SIGUSR1)
     with pytest.raises(distributed.Preempted, match="after step 5; --resume auto goes on from"):
         run.step_done(5, False)

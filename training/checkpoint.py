@@ -1,7 +1,10 @@
 """Checkpoints that are whole or absent: written aside, synced, renamed; read as plain data."""
 
 import logging
+import os
 import pickle
+import re
+import struct
 import sys
 import zipfile
 from argparse import Namespace
@@ -11,15 +14,27 @@ from pathlib import Path
 
 import torch
 
-from models.files import write_whole
+from latents.store import LatentStore
+from models.files import naming, remove_stale, write_whole
 from models.plan import GraftPlan, differences
 from training import distributed
 from training.distributed import Preempted, World, barrier, gather_objects
 from training.preemption import StopSignals
-from training.runlog import Means
+from training.runlog import Means, RunLog
 
 FORMAT = 1
 KEYS = ("model", "opt", "train_steps", "plan", "rng", "position", "args", "entry")
+# What a resumed run must have the same -> the flags that set it, where not the one of its name
+FLAGS = {
+    "images": ("data_path", "num_images", "num_samples"),
+    "latents_sha256": ("data_path",),
+    "stored": ("data_path",),
+    "total_steps": ("max_steps", "epochs"),
+    "teacher_sha256": ("load_weight", "config_filepath"),
+    "plans": ("config_filepath", "candidates"),
+}
+# What zipfile raises where the bytes of an archive are not those that were written
+DAMAGE = (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, struct.error)
 log = logging.getLogger(__name__)
 
 
@@ -34,6 +49,10 @@ def save(path: str | Path, state: dict) -> None:
     if not set(KEYS) <= set(state):
         raise ValueError(f"checkpoint {path}: entries {sorted(state)} lack some of {sorted(KEYS)}")
     write_tensors(path, {**state, "format": FORMAT})
+    _name_latest(path)
+
+
+def _name_latest(path: Path) -> None:
     write_whole(path.with_name("latest"), lambda p: p.write_text(path.name + "\n"))
 
 
@@ -52,23 +71,39 @@ def write_tensors(path: Path, state: dict) -> None:
     write_whole(path, write)
 
 
-def load(path: str | Path) -> dict:
+def load(path: str | Path, check_sums: bool = False) -> dict:
     """Opens a training checkpoint of this repository; its tensors are mapped, not read.
+
+    Args:
+        path: of the file.
+        check_sums: first read it all, against the checksums that torch.save wrote and torch.load
+            does not look at: a lost block leaves a hole in a file whose ends are there.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: torn, not a checkpoint of these scripts, or of a newer format.
+        OSError: a file that cannot be read, which says nothing of what it holds.
+        ValueError: torn, damaged, not a checkpoint of these scripts, or of a newer format.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"--resume {path}: no such checkpoint")
     if path.suffix == ".safetensors":
         raise ValueError(f"--resume {path}: weights only; start from them with --load-weight")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"checkpoint {path} cannot be read: torn, or no checkpoint")
+    with naming(path), open(path, "rb") as file:
+        # The end, in which zipfile takes an error of the disk for that of the file
+        file.seek(max(0, path.stat().st_size - 2**17))
+        file.read()
+        try:
+            with zipfile.ZipFile(file) as archive:
+                if check_sums:
+                    _check_sums(archive, path.stat().st_size)
+        except DAMAGE as error:
+            raise ValueError(
+                f"checkpoint {path} cannot be read: torn, damaged, or no checkpoint ({error})"
+            ) from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"checkpoint {path} cannot be read (torn or foreign): {error}") from error
     if not isinstance(state, dict) or not {*KEYS, "format"} <= set(state):
         raise ValueError(
@@ -82,15 +117,25 @@ def load(path: str | Path) -> dict:
     return state
 
 
+def _check_sums(archive: zipfile.ZipFile, size: int) -> None:
+    for record in archive.infolist():
+        if not 0 <= record.header_offset < size:
+            raise zipfile.BadZipFile(f"{record.filename} lies outside")
+        if record.CRC:  # else torch.save was told to write none
+            with archive.open(record) as content:
+                while content.read(2**20):
+                    pass
+
+
 @dataclass(frozen=True)
 class Extent:
-    """Where a training run is kept and how long it is.
+    """Where a training run is kept, how long it is and what it must stay like.
 
     Attributes:
         folder: the run folder.
         steps_per_epoch, total_steps: of the global batch.
-        order: what the order of the samples and the schedules depend on, as plain data; a resumed
-            run must have the same.
+        order: what the order of the samples, the schedules and the precision depend on, as plain
+            data; a resumed run must have the same.
     """
 
     folder: Path
@@ -99,22 +144,48 @@ class Extent:
     order: dict
 
 
-def extent(args: Namespace, plan: GraftPlan, images: int, **more) -> Extent:
+def extent(
+    args: Namespace,
+    plan: GraftPlan,
+    store: LatentStore,
+    dtype: torch.dtype,
+    images: int,
+    **more,
+) -> Extent:
     """The extent that an entry's flags (`training.arguments.add_run`) mean for so many images.
 
-    more: further plain data that a resumed run must have the same.
+    Args:
+        store: where the images are from.
+        dtype: what `training.precision` chose.
+        more: further plain data that a resumed run must have the same.
     """
     steps_per_epoch = images // args.global_batch_size
     total_steps = min(args.epochs * steps_per_epoch, args.max_steps or sys.maxsize)
     order = {
         "images": images,
+        "latents_sha256": store.sha256,
         "global_batch_size": args.global_batch_size,
         "global_seed": args.global_seed,
         "total_steps": total_steps,
+        "precision": str(dtype).removeprefix("torch."),
         **more,
     }
     folder = Path(args.results_dir) / f"{args.prefix}-{plan.model_name.replace('/', '-')}"
     return Extent(folder, steps_per_epoch, total_steps, order)
+
+
+def held_in(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, the newest first; none where there is no such folder."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    found = [folder / name for name in names if re.fullmatch(r"\d+\.pt", name)]
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem)
 
 
 def find(world: World, resume: str | None, folder: Path) -> dict | None:
@@ -125,32 +196,52 @@ def find(world: World, resume: str | None, folder: Path) -> dict | None:
         folder: the run folder.
 
     Raises:
-        ValueError: a fresh start into a folder that holds a run, or an unreadable file.
+        ValueError: a fresh start into a folder that holds a run, a file that cannot be read, or
+            checkpoints none of which is whole.
     """
 
     def choose() -> str | None:
-        held = sorted((folder / "checkpoints").glob("[0-9]*.pt"), reverse=True)
-        if resume is None:
-            if held:
-                raise ValueError(
-                    f"{folder} holds a run already ({held[0].name}): continue it with --resume "
-                    "auto, or choose another --prefix"
-                )
-            return None
-        if resume != "auto":
-            load(resume)
-            return resume
-        for path in held:
-            try:
-                load(path)
-                return str(path)
-            except ValueError as error:
-                log.warning("%s; trying the one before", error)
-        log.warning("--resume auto: no checkpoint in %s; starting afresh", folder)
-        return None
+        try:
+            return _chosen(resume, folder)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise ValueError(
+                f"{error.filename} cannot be read ({error.strerror}), so what there is to continue "
+                "is not known: make it readable, or name another checkpoint with --resume FILE"
+            ) from error
 
     path = distributed.decide(world, choose)
     return None if path is None else load(path)
+
+
+def _chosen(resume: str | None, folder: Path) -> str | None:
+    """The file that `find` goes on from."""
+    held = held_in(folder / "checkpoints")
+    if resume is None:
+        if held:
+            raise ValueError(
+                f"{folder} holds a run already ({held[0].name}): continue it with --resume auto, "
+                "or choose another --prefix"
+            )
+        return None
+    if resume != "auto":
+        load(resume, check_sums=True)
+        return resume
+    for path in held:
+        try:
+            load(path, check_sums=True)
+            return str(path)
+        except ValueError as error:
+            log.warning("%s; trying the one before", error)
+    if held:
+        raise ValueError(
+            f"--resume auto: no checkpoint of {folder} is whole "
+            f"({', '.join(path.name for path in reversed(held))}): name one that is with --resume "
+            "FILE, or start anew under another --prefix"
+        )
+    log.warning("--resume auto: no checkpoint in %s; starting afresh", folder)
+    return None
 
 
 def check(
@@ -159,7 +250,8 @@ def check(
     """The step to go on from, once the checkpoint is seen to belong to this run.
 
     Args:
-        order: what the order of the samples and the schedules depend on; see `Extent`.
+        order: see `Extent`; of it what the checkpoint, as an older one, does not have is not
+            compared.
         fixed: names of flags that must be as they were.
 
     Raises:
@@ -177,13 +269,15 @@ def check(
             f"{different}"
         )
     flags = {name: getattr(args, name) for name in fixed}
-    known = {key: value for key, value in flags.items() if key in state["args"]}
-    for there, here in ((state["position"], order), (state["args"], known)):
+    for there, here in ((state["position"], order), (state["args"], flags)):
         for key, value in here.items():
-            if there.get(key) != value:
+            if key in there and there[key] != value:
+                names = [name for name in FLAGS.get(key, (key,)) if hasattr(args, name)]
+                by = " and ".join(f"--{name.replace('_', '-')}" for name in names)
                 raise ValueError(
-                    f"--resume: the checkpoint's run had {key} {there.get(key)}, this one has "
-                    f"{value}; continue with the old value or start anew under another --prefix"
+                    f"--resume: the checkpoint's run had {key} {there[key]}, this one has "
+                    f"{value} (set by {by}); continue with the old value or start anew under "
+                    "another --prefix"
                 )
     return state["train_steps"]
 
@@ -202,6 +296,7 @@ class RunState:
         plan: what the model is.
         args: the entry's flags.
         means: the sums of the log line to come; every process has its own.
+        log: is told what becomes of the checkpoints.
         parts: "model", "ema", "opt", "sched" and others with state_dict and load_state_dict.
     """
 
@@ -212,20 +307,22 @@ class RunState:
         plan: GraftPlan,
         args: Namespace,
         means: Means,
+        log: RunLog,
         **parts,
     ) -> None:
         self.folder = extent.folder / "checkpoints"
         self.extent, self.world, self.plan, self.args = extent, world, plan, args
-        self.means, self.parts = means, parts
+        self.means, self.log, self.parts = means, log, parts
         self.signals = StopSignals()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing: Future | None = None
+        self._writing: tuple[Path, Future] | None = None
 
     def restore(self, state: dict) -> None:
         """Puts everything back to what `save` wrote.
 
         The random generators only on the same number of processes; training does not draw from
-        them (its randomness is a function of seed, epoch and sample).
+        them (its randomness is a function of seed, epoch and sample). Checkpoints of later steps
+        are of a run that is not continued: rank 0 sets them aside, lest "auto" take them up again.
         """
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
@@ -236,19 +333,41 @@ class RunState:
             torch.set_rng_state(mine["cpu"])
             if self.world.device.type == "cuda" and "cuda" in mine:
                 torch.cuda.set_rng_state(mine["cuda"], self.world.device)
+        if self.world.main:
+            self._set_aside(state["train_steps"])
 
-    def step_done(self, step: int, logged: bool) -> Path | None:
+    def _set_aside(self, step: int) -> None:
+        beyond = [path for path in held_in(self.folder) if _step_of(path) > step]
+        if not beyond:
+            return
+        number = 1
+        while (aside := self.folder / f"aside-{number}").exists():
+            number += 1
+        aside.mkdir()
+        for path in beyond:
+            path.rename(aside / path.name)
+        latest = self.folder / "latest"
+        latest.unlink(missing_ok=True)
+        for newest in held_in(self.folder)[:1]:
+            _name_latest(newest)
+        names = ", ".join(path.name for path in reversed(beyond))
+        self.log.info(f"resumed before {names}: set aside in {aside}")
+
+    def step_done(self, step: int, logged: bool) -> None:
         """Writes a checkpoint when one is due after `step` finished steps; every process calls it.
 
         One is due every --ckpt-every steps, at the end, and when a scheduler asked to stop. Several
-        processes agree on that where they meet anyway, which `logged` says.
+        processes agree on that where they meet anyway, which `logged` says. The log is told of a
+        checkpoint once it is whole, at the next step or, of the last, before this returns.
 
         Raises:
+            OSError: a checkpoint could not be written; on rank 0, at the step after it failed.
             Preempted: after the checkpoint of a stop is whole.
         """
+        if self._writing is not None and self._writing[1].done():
+            self._wait()
         last = step == self.extent.total_steps
         stop = not last and self.signals.agreed(self.world, logged)
-        path = None
         if last or stop or step % self.args.ckpt_every == 0:
             path = self.save(step)
         if last or stop:
@@ -259,13 +378,12 @@ class RunState:
             raise Preempted(
                 f"stopped by a signal after step {step}; --resume auto goes on from {path}"
             )
-        return path
 
     def save(self, step: int) -> Path:
         """Writes checkpoints/<step>.pt beside the training; every process calls it.
 
-        The state is copied to the host before this returns; a thread of rank 0 writes it. An error
-        of the write before is raised here.
+        The state is copied to the host before this returns; a thread of rank 0 writes it, once the
+        one before is whole.
         """
         rng = {"cpu": torch.get_rng_state()}
         if self.world.device.type == "cuda":
@@ -289,22 +407,25 @@ class RunState:
                 "position": position,
                 "args": vars(self.args),
             }
-            self._writing = self._writer.submit(self._write, path, _on_host(state))
+            self._writing = path, self._writer.submit(self._write, path, _on_host(state))
         return path
 
     def _wait(self) -> None:
         if self._writing is not None:
-            writing, self._writing = self._writing, None
+            (path, writing), self._writing = self._writing, None
             writing.result()
+            self.log.info(f"saved {path}")
 
     def _write(self, path: Path, state: dict) -> None:
+        remove_stale(self.folder, "*.pt")  # a stop comes at any step
         save(path, state)
         keep = self.args.keep_last
         if keep is None:
             return
-        for old in sorted(self.folder.glob("[0-9]*.pt"), reverse=True)[keep:]:
+        so_far = [old for old in held_in(self.folder) if _step_of(old) <= _step_of(path)]
+        for old in so_far[keep:]:
             every = self.args.keep_every
-            if every is None or int(old.stem) % every:
+            if every is None or _step_of(old) % every:
                 old.unlink()
 
 
