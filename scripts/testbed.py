@@ -38,7 +38,7 @@ import torch
 from models.files import read_json, write_json, write_whole
 from models.plan import find_file, load_plan
 from models.provenance import environment
-from training import arguments
+from training import arguments, distributed
 from training.preemption import SIGNALS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -115,6 +115,7 @@ def _work(words: list[str], threads: int) -> tuple[str, float]:
             failed = True
             traceback.print_exc()
         finally:
+            distributed.release()
             sys.stdout.flush()
             sys.stderr.flush()
             for number, was in zip((1, 2), before, strict=True):

@@ -111,6 +111,14 @@ def assert_same_end(folder, one, two):
             assert texts[0] == texts[1]
 
 
+def wait_for(true, run):
+    """Waits until `true()`, which a live run makes so."""
+    deadline = time.perf_counter() + 60
+    while not true():
+        assert run.processes[0].is_alive() and time.perf_counter() < deadline, run.said()
+        time.sleep(0.01)
+
+
 def newest_whole(folder, name):
     """The step of the newest checkpoint that can be read, 0 for none."""
     steps = [0]
@@ -408,6 +416,40 @@ def test_a_signal_to_one_process_stops_all_after_a_checkpoint(tiny, stage):
     assert newest_whole(tiny, f"{name}-stop") == 6
     begin(tiny, stage, f"{name}-stop", *flags, "--resume", "auto", ranks=2).join()
     assert_same_end(tiny, f"{name}-calm", f"{name}-stop")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_folder_is_one_live_runs_alone(tiny, stage):
+    """Until it is killed: then the next goes on at once."""
+    name = stage.split("_")[0] + "-held"
+    folder = tiny / f"{name}-DiT-Tiny-2"
+
+    def stay(rank):
+        take = checkpoint.RunState.step_done
+
+        def stays(self, step, logged):
+            path = take(self, step, logged)
+            while step == 4:
+                time.sleep(1)
+            return path
+
+        checkpoint.RunState.step_done = stays
+
+    first = begin(tiny, stage, name, before=stay)
+    wait_for((folder / "checkpoints/0000003.pt").is_file, first)
+    before = (folder / "log.txt").read_text(), (folder / "metrics.jsonl").read_text()
+    second = begin(tiny, stage, name, "--resume", "auto", ranks=2)
+    second.join(code=2)
+    for rank, path in enumerate(second.outputs):
+        who = f"error (rank {rank})" if rank else "error"
+        pid = first.processes[0].pid
+        said = f"{who}: {folder} is in use by a run that has not ended, process {pid} on "
+        assert path.read_text().startswith(said) and path.read_text().count("\n") == 1
+    assert (folder / "log.txt").read_text().startswith(before[0])
+    assert (folder / "metrics.jsonl").read_text().startswith(before[1])
+    first.kill()
+    begin(tiny, stage, name, "--resume", "auto", "--max-steps", STEPS).join()
+    assert ended(tiny, name)[1][-1]["step"] == STEPS
 
 
 @pytest.mark.parametrize("stage", STAGES)

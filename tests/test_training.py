@@ -1,6 +1,8 @@
 """Averages, checkpoints, schedules, the guarded step, LoRA and logs."""
 
 import argparse
+import errno
+import fcntl
 import json
 import math
 import os
@@ -27,7 +29,7 @@ from training.draws import draw
 from training.ema import Ema
 from training.lora import add_lora, merge_lora
 from training.optimizer import StepGuard, adamw, schedule
-from training.runlog import Means, RunLog, cut_records
+from training.runlog import Means, RunLog, claim, cut_records
 from training.validation import validation_loss
 
 CPU = distributed.World(0, 0, 1, torch.device("cpu"))
@@ -310,6 +312,37 @@ def test_runlog_writes_for_people_and_machines(tmp_path):
     silent.metrics(1, loss=0.0)
     silent.close()
     assert not (tmp_path / "other").exists()
+
+
+def test_a_claim_ends_with_the_run_and_needs_locks(tmp_path, monkeypatch, caplog):
+    """Another process may have the folder after a failure; without locks a warning says so."""
+    program = (
+        "import sys, torch; from pathlib import Path; from training.runlog import World, claim; "
+    )
+    program += "claim(World(0, 0, 1, torch.device('cpu')), Path(sys.argv[1]))"
+    other = [sys.executable, "-c", program, str(tmp_path)]
+
+    def fail(args):
+        claim(CPU, tmp_path)
+        assert b"in use by a run" in subprocess.run(other, cwd=root, capture_output=True).stderr
+        raise ValueError("--flag 3: use 4")
+
+    root = Path(__file__).parent.parent
+    with pytest.raises(SystemExit):
+        distributed.run(fail, None)
+    subprocess.run(other, cwd=root, check=True)
+    assert not caplog.records
+
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", none)
+    claim(CPU, tmp_path)
+    distributed.release()
+    assert "no other run has this folder" in caplog.text
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="a file is in its way"):
+        claim(CPU, tmp_path / "file" / "deep")
 
 
 def test_wandb_is_told_when_asked_for_alone(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import traceback
 import weakref
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -37,6 +37,7 @@ PREEMPTED = 75  # exit code EX_TEMPFAIL, on which a scheduler can be told to req
 _left: list[dist.ProcessGroup] = []  # see `stop` and `_free_groups`
 _wrapped: list[weakref.ref] = []  # modules that hold a process group
 _graphs: list[torch.cuda.CUDAGraph] = []  # in which the processes meet, see `ends_with`
+_lent = ExitStack()  # see `at_end`
 
 
 class Preempted(Exception):
@@ -144,8 +145,19 @@ def ends_with(graph: torch.cuda.CUDAGraph) -> None:
     _graphs.append(graph)
 
 
+def at_end(give_back: Callable[[], object]) -> None:
+    """Calls `give_back` when the run ends, well or not: this process may go on with another."""
+    _lent.callback(give_back)
+
+
+def release() -> None:
+    """Calls what `at_end` was told of."""
+    _lent.close()
+
+
 def stop() -> None:
-    """Leaves the process group, if there is one, and the graphs that `ends_with` was told of."""
+    """Ends a run: leaves the process group, if any, and what `ends_with` and `at_end` were told."""
+    release()
     while _graphs:
         torch.cuda.synchronize()
         _graphs.pop().reset()
@@ -281,6 +293,8 @@ def run(main: Callable[[Namespace], None], args: Namespace) -> None:
         who = "error" if rank == 0 else f"error (rank {rank})"
         print(f"{who}: {error}", file=sys.stderr)
         _leave(2)
+    finally:
+        release()
 
 
 def _leave(code: int) -> None:

@@ -3,9 +3,13 @@
 Where --wandb asks for it, Weights & Biases gets what TensorBoard gets.
 """
 
+import errno
+import fcntl
 import json
 import logging
 import math
+import os
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -15,12 +19,62 @@ import torch
 
 from models.files import naming, write_whole
 from models.provenance import environment
-from training.distributed import World, sum_across
+from training.distributed import World, at_end, decide, sum_across
+
+LOCK = "run.lock"  # beside log.txt
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems that have none
+log = logging.getLogger(__name__)
 
 
 def watched(world: World) -> bool:
     """Whether this process should draw progress bars: rank 0 with a terminal on stderr."""
     return world.main and sys.stderr.isatty()
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(
+            f"the folder {folder} cannot be made, a file is in its way: name another with "
+            "--results-dir, or for extraction with --features-path"
+        ) from error
+
+
+def claim(world: World, folder: Path) -> None:
+    """Makes the run folder, for this run alone until it or its process ends, in whatever way.
+
+    To be called before anything of the folder is read. The lock is one of the file system, held by
+    rank 0: no other process inherits it, and other machines see it too.
+
+    Raises:
+        ValueError: another run holds the folder, or it cannot be made.
+    """
+
+    def lock() -> None:
+        _make(folder)
+        path = folder / LOCK
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115, open while the run lasts
+        at_end(file.close)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                log.warning("%s: %s; see to it that no other run has this folder", path, error)
+            elif error.errno in (errno.EAGAIN, errno.EACCES):
+                file.seek(0)
+                raise ValueError(
+                    f"{folder} is in use by a run that has not ended, {file.read().strip()}: end "
+                    "that one, or choose another --prefix"
+                ) from error
+            else:
+                raise
+        with naming(path):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+
+    decide(world, lock)
 
 
 def cut_records(path: Path, step: int) -> None:
@@ -139,13 +193,7 @@ class RunLog:
         if not self.active:
             self._logger.addHandler(logging.NullHandler())
             return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise ValueError(
-                f"the folder {self.folder} cannot be made, a file is in its way: name another with "
-                "--results-dir, or for extraction with --features-path"
-            ) from error
+        _make(self.folder)
         if settings.get("wandb"):
             self._wandb = _begin_wandb(self.folder, settings)
         form = logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S")
