@@ -534,7 +534,7 @@ def test_a_process_takes_the_gpu_of_its_place_on_its_node(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setattr(distributed, "_meet", lambda *_: None)
     monkeypatch.setattr(
-        distributed, "DistributedDataParallel", lambda m, **options: wrapped.append(options)
+        distributed, "DistributedDataParallel", lambda m, **options: wrapped.append(options) or m
     )
     for name, value in (("RANK", "6"), ("LOCAL_RANK", "2"), ("WORLD_SIZE", "8")):
         monkeypatch.setenv(name, value)
