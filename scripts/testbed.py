@@ -39,7 +39,7 @@ from models.files import read_json, write_json, write_whole
 from models.plan import find_file, load_plan
 from models.provenance import environment
 from training import arguments, distributed
-from training.preemption import SIGNALS
+from training.preemption import SIGNALS, Preempted
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BASE = "assets/mini/dit_mini.safetensors"
@@ -111,7 +111,7 @@ def _work(words: list[str], threads: int) -> tuple[str, float]:
         try:
             module = importlib.import_module(words[0].removesuffix(".py").replace("/", "."))
             module.main(module.parse_args())
-        except (Exception, SystemExit):
+        except (Exception, SystemExit, Preempted):
             failed = True
             traceback.print_exc()
         finally:

@@ -5,12 +5,14 @@ import errno
 import fcntl
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +31,7 @@ from training.draws import draw
 from training.ema import Ema
 from training.lora import add_lora, merge_lora
 from training.optimizer import StepGuard, adamw, schedule
+from training.preemption import SIGNALS
 from training.runlog import Means, RunLog, claim, cut_records
 from training.validation import validation_loss
 
@@ -503,6 +506,31 @@ def test_a_signal_ends_the_run_after_a_whole_checkpoint(tmp_path):
         run.step_done(5, False)
     assert checkpoint.load(tmp_path / "checkpoints/0000005.pt")["train_steps"] == 5
     assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_a_run_gives_the_signals_back_and_its_helpers_die_of_them():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    seen = []
+
+    def signalled(args):
+        fork = multiprocessing.get_context("fork")
+        lives = fork.Event()
+        helper = fork.Process(target=lambda: (lives.set(), time.sleep(60)))
+        helper.start()
+        assert lives.wait(30)
+        helper.terminate()
+        helper.join(10)
+        seen.append(helper.exitcode)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as end:
+        distributed.run(signalled, None)
+    assert end.value.code == distributed.PREEMPTED and seen == [-signal.SIGTERM]
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    elsewhere = threading.Thread(target=distributed.run, args=(seen.append, "in a thread"))
+    elsewhere.start()
+    elsewhere.join()
+    assert seen[1:] == ["in a thread"]
 
 
 def test_the_first_activation_that_is_not_finite_is_named():
