@@ -130,6 +130,22 @@ def test_records_are_cut_to_the_resumed_step(tmp_path):
     assert path.read_text() == ""
 
 
+def test_records_that_a_power_failure_spoilt_are_left_out_by_name(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    lines = [
+        b'{"step": 1}\n',
+        bytes(9) + b'"loss": 2.0}\n',
+        b"\xff\r\n",
+        b"[3]\n",
+        b'{"step": 4}\n',
+    ]
+    path.write_bytes(b"".join(lines) + b'{"st')
+    cut_records(path, 4)
+    assert path.read_bytes() == lines[0] + lines[4]
+    said = [record.getMessage() for record in caplog.records]
+    assert [re.match(rf"{path}: line (\d) is no record", text)[1] for text in said] == list("234")
+
+
 def test_command_line_values():
     for kind, good, bad in (
         (arguments.positive, "3", ("0", "-1", "1.5", "x")),

@@ -5,6 +5,7 @@ Where --wandb asks for it, Weights & Biases gets what TensorBoard gets.
 
 import errno
 import fcntl
+import io
 import json
 import logging
 import math
@@ -80,16 +81,22 @@ def claim(world: World, folder: Path) -> None:
 def cut_records(path: Path, step: int) -> None:
     """Drops the lines of a .jsonl file that lie beyond `step`, and a last one that was torn.
 
-    All at step 0, from which a run writes also what it finds before its first step.
+    All at step 0, from which a run writes also what it finds before its first step. Another line
+    that cannot be read, as a power failure leaves it, is dropped with a warning.
     """
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        whole = line.endswith("}\n")
-        if step > 0 and whole and json.loads(line)["step"] <= step:
-            kept.append(line)
-    write_whole(path, lambda partial: partial.write_text("".join(kept), encoding="utf-8"))
+    lines = io.BytesIO(path.read_bytes()) if step > 0 else []
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError) as error:
+            log.warning("%s: line %d is no record (%r) and is left out", path, number, error)
+    write_whole(path, lambda partial: partial.write_bytes(b"".join(kept)))
 
 
 class Means:
