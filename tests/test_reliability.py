@@ -738,9 +738,12 @@ def test_an_unwritable_results_folder_is_one_error(tiny, stage):
     (closed / "earlier.txt").write_text("kept")
     closed.chmod(0o555)
     flags = ["--results-dir", closed / "deep"]
-    said = begin(tiny, stage, "closed", *flags, before=as_plain_user).join(code=2)
-    assert said.startswith("error: [Errno 13] Permission denied: ") and said.count("\n") == 1
-    assert str(closed) in said
+    run = begin(tiny, stage, "closed", *flags, ranks=2, before=as_plain_user)
+    run.join(code=2)
+    for who, path in zip(("error", "error (rank 1)"), run.outputs, strict=True):
+        said = path.read_text()
+        assert said.startswith(f"{who}: [Errno 13] Permission denied: ") and said.count("\n") == 1
+        assert str(closed) in said
     assert [p.name for p in closed.iterdir()] == ["earlier.txt"]
 
 

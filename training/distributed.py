@@ -253,14 +253,17 @@ def micro_batches(net: torch.nn.Module, inputs: dict, number: int) -> Iterator[d
 
 
 def decide(world: World, choose: Callable[[], T]) -> T:
-    """Rank 0's `choose()`, plain data, on every process; an error of bad input is raised on all."""
+    """Rank 0's `choose()`, plain data, on every process.
+
+    A ValueError or OSError is raised on all, so that none waits for a process that has ended.
+    """
     if world.size == 1:
         return choose()
     box: list = [None, None]
     if world.main:
         try:
             box[0] = choose()
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             box[1] = error
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
