@@ -712,6 +712,23 @@ def test_a_full_disk_is_one_error_and_costs_no_checkpoint(tiny, stage):
     assert "kept step 3, partial files []" in said
 
 
+def test_a_disk_too_full_for_tensorboard_is_one_error_that_names_it(tiny):
+    board = tiny / "board-DiT-Tiny-2" / "tensorboard"
+    board.mkdir(parents=True)
+
+    def before(rank):
+        small_disk(1 / 256, board)
+        threading.excepthook = threading.__excepthook__  # not pytest's
+
+    run = begin(tiny, "finetune_tinyfusion.py", "board", "--log-every", 1, before=before)
+    run.processes[0].join()
+    if run.processes[0].exitcode == 77:
+        pytest.skip("this system lets no user mount a file system of his own")
+    said = run.join(code=2)
+    assert "Traceback" not in said and "Exception" not in said, said
+    assert said.splitlines()[-1] == f"error: [Errno 28] No space left on device: '{board}'"
+
+
 def test_a_limit_on_file_sizes_is_one_error_too(tiny):
     limit = lambda rank: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))  # noqa: E731
     said = begin(tiny, "finetune_tinyfusion.py", "limit", before=limit).join(code=2)

@@ -12,8 +12,10 @@ import math
 import os
 import socket
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -154,6 +156,15 @@ class _LogFile(logging.FileHandler):
             raise  # what `emit` caught
 
 
+def _hush(before: Callable, failure: threading.ExceptHookArgs) -> None:
+    """Leaves an OSError of TensorBoard's thread to `RunLog`, in which its next call raises it."""
+    if not (
+        isinstance(failure.exc_value, OSError)
+        and type(failure.thread).__module__.startswith("tensorboard.")
+    ):
+        before(failure)
+
+
 def _begin_wandb(folder: Path, settings: dict):
     """A run of Weights & Biases, continued where the one of this folder was cut off.
 
@@ -215,7 +226,13 @@ class RunLog:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step + 1)
+            before = threading.excepthook
+            threading.excepthook = partial(_hush, before)
+            at_end(lambda: setattr(threading, "excepthook", before))
+            with naming(self.folder / "tensorboard"):
+                self._board = SummaryWriter(
+                    str(self.folder / "tensorboard"), purge_step=start_step + 1
+                )
         self.info(f"{Path(sys.argv[0]).name} {json.dumps(environment())}")
         self.info("settings " + json.dumps(settings, sort_keys=True, default=str))
 
@@ -233,8 +250,9 @@ class RunLog:
             self._metrics.write(json.dumps({"step": step, "time": time.time(), **plain}) + "\n")
             self._metrics.flush()
         if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            with naming(self.folder / "tensorboard"):
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
@@ -246,6 +264,7 @@ class RunLog:
         if self.active:
             self._metrics.close()
             if self._board is not None:
-                self._board.close()
+                with naming(self.folder / "tensorboard"):
+                    self._board.close()
             if self._wandb is not None:
                 self._wandb.finish()
