@@ -339,16 +339,18 @@ def test_a_claim_ends_with_the_run_and_needs_locks(tmp_path, monkeypatch, caplog
         "import sys, torch; from pathlib import Path; from training.runlog import World, claim; "
     )
     program += "claim(World(0, 0, 1, torch.device('cpu')), Path(sys.argv[1]))"
-    other = [sys.executable, "-c", program, str(tmp_path)]
+    folder = tmp_path / "run"
+    other = [sys.executable, "-c", program, str(folder)]
 
     def fail(args):
-        claim(CPU, tmp_path)
+        claim(CPU, folder)
         assert b"in use by a run" in subprocess.run(other, cwd=root, capture_output=True).stderr
         raise ValueError("--flag 3: use 4")
 
     root = Path(__file__).parent.parent
     with pytest.raises(SystemExit):
         distributed.run(fail, None)
+    assert not folder.exists()  # nothing was written
     subprocess.run(other, cwd=root, check=True)
     assert not caplog.records
 
@@ -356,7 +358,7 @@ def test_a_claim_ends_with_the_run_and_needs_locks(tmp_path, monkeypatch, caplog
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", none)
-    claim(CPU, tmp_path)
+    claim(CPU, folder)
     distributed.release()
     assert "no other run has this folder" in caplog.text
     (tmp_path / "file").touch()

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -48,36 +49,49 @@ def claim(world: World, folder: Path) -> None:
     """Makes the run folder, for this run alone until it or its process ends, in whatever way.
 
     To be called before anything of the folder is read. The lock is one of the file system, held by
-    rank 0: no other process inherits it, and other machines see it too.
+    rank 0: no other process inherits it, and other machines see it too. A run that is refused
+    before it has written anything leaves no folder.
 
     Raises:
         ValueError: another run holds the folder, or it cannot be made.
     """
+    decide(world, lambda: _lock(folder))
 
-    def lock() -> None:
-        _make(folder)
-        path = folder / LOCK
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115, open while the run lasts
-        at_end(file.close)
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in NO_LOCKS:
-                log.warning("%s: %s; see to it that no other run has this folder", path, error)
-            elif error.errno in (errno.EAGAIN, errno.EACCES):
-                file.seek(0)
-                raise ValueError(
-                    f"{folder} is in use by a run that has not ended, {file.read().strip()}: end "
-                    "that one, or choose another --prefix"
-                ) from error
-            else:
+
+def _lock(folder: Path) -> None:
+    new, path = not folder.exists(), folder / LOCK
+    _make(folder)
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115, open while the run lasts
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            log.warning("%s: %s; see to it that no other run has this folder", path, error)
+        else:
+            file.seek(0)
+            with file:
+                holder = file.read().strip()
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
-        with naming(path):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
+            raise ValueError(
+                f"{folder} is in use by a run that has not ended, {holder}: end that one, or "
+                "choose another --prefix"
+            ) from error
+    if not os.fstat(file.fileno()).st_nlink:  # just deleted by the run that had made it
+        file.close()
+        return _lock(folder)
 
-    decide(world, lock)
+    def give_back() -> None:
+        with file, suppress(OSError):  # of a folder that was moved or deleted
+            if new and os.listdir(folder) == [LOCK]:
+                path.unlink()
+                folder.rmdir()
+
+    at_end(give_back)
+    with naming(path):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
 
 
 def cut_records(path: Path, step: int) -> None:
