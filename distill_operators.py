@@ -49,7 +49,7 @@ from training.distillation import (
 )
 from training.draws import HELD_OUT_EPOCH, draw
 from training.optimizer import StepGuard, adamw, count, schedule
-from training.runlog import Means, RunLog, watched
+from training.runlog import Means, RunLog, claim, watched
 from training.validation import read_rows
 
 MILESTONES = (50, 100, 150)  # epochs
@@ -85,6 +85,7 @@ def main(args: argparse.Namespace) -> None:
         args, plan, store, dtype, args.num_samples, stored=len(store), teacher_sha256=teacher_sha256
     )
     folder, total_steps = extent.folder, extent.total_steps
+    claim(world, folder)
     resumed = checkpoint.find(world, args.resume, folder)
     start_step = 0
     if resumed is not None:

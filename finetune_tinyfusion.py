@@ -41,7 +41,7 @@ from training.ema import Ema
 from training.knowledge import WithHidden, distilled_losses, pretrained
 from training.lora import add_lora_around
 from training.optimizer import StepGuard, adamw, count, schedule
-from training.runlog import Means, RunLog, watched
+from training.runlog import Means, RunLog, claim, watched
 from training.validation import validation_loss
 
 # A resumed run must have these flags as it was begun with
@@ -82,6 +82,7 @@ def main(args: argparse.Namespace) -> None:
         )
     for other in held_out.values():
         other.check_plan(plan)
+    claim(world, folder)
     resumed = checkpoint.find(world, args.resume, folder)
     start_step = 0
     if resumed is not None:

@@ -43,7 +43,7 @@ from training.draws import draw
 from training.ema import Ema
 from training.lora import add_lora
 from training.optimizer import StepGuard, adamw, count, ramp, schedule
-from training.runlog import Means, RunLog, cut_records, watched
+from training.runlog import Means, RunLog, claim, cut_records, watched
 from training.selection_report import (
     TRAJECTORY,
     decision,
@@ -86,6 +86,7 @@ def main(args: argparse.Namespace) -> None:
     architectures = json.dumps([each.architecture() for each in plans], sort_keys=True)
     extent = checkpoint.extent(args, plan, store, dtype, len(store), plans=architectures)
     folder, total_steps = extent.folder, extent.total_steps
+    claim(world, folder)
     resumed = checkpoint.find(world, args.resume, folder)
     start_step = 0
     if resumed is not None:

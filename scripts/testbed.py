@@ -38,8 +38,8 @@ import torch
 from models.files import read_json, write_json, write_whole
 from models.plan import find_file, load_plan
 from models.provenance import environment, hardware
-from training import arguments
-from training.preemption import SIGNALS
+from training import arguments, distributed
+from training.preemption import SIGNALS, Preempted
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BASE = "assets/mini/dit_mini.safetensors"
@@ -118,10 +118,11 @@ def _work(words: list[str], threads: int) -> tuple[str, float, str]:
         try:
             module = importlib.import_module(words[0].removesuffix(".py").replace("/", "."))
             module.main(module.parse_args())
-        except (Exception, SystemExit):
+        except (Exception, SystemExit, Preempted):
             failed = True
             traceback.print_exc()
         finally:
+            distributed.release()
             sys.stdout.flush()
             sys.stderr.flush()
             for number, was in zip((1, 2), before, strict=True):

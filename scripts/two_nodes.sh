@@ -7,7 +7,8 @@
 #
 # SIGTERM and SIGUSR1 reach the training: it ends after a checkpoint, which is whole within the 30
 # seconds that torchrun leaves it only if lines are logged often enough (--log-every), because there
-# the processes agree. scripts/slurm.sh leaves it as long as the scheduler does.
+# the processes agree. torchrun then ends with 1, whatever their code. scripts/slurm.sh leaves it as
+# long as the scheduler does, and ends with 75.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${MASTER_ADDR:?name the first node}" "${NODE_RANK:?0 on the first node, 1 on the second}"

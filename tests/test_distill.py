@@ -98,7 +98,7 @@ def test_interrupted_run_ends_like_an_undisturbed_one(monkeypatch, folder):
     ends = [torch.load(r / "checkpoints/0000004.pt", weights_only=True) for r in (whole, broken)]
     for key in ("model", "opt", "best"):
         torch.testing.assert_close(ends[0][key], ends[1][key], rtol=0, atol=0)
-    assert ends[0]["position"] == ends[1]["position"] and len(ends[0]["position"]) == 8
+    assert ends[0]["position"] == ends[1]["position"] and len(ends[0]["position"]) == 10
     for name, tensors in weights(whole).items():
         torch.testing.assert_close(tensors, weights(broken)[name], rtol=0, atol=0)
 

@@ -33,3 +33,11 @@ def test_promises_are_held_by_tests_that_exist():
                 assert test in known[file], f"{file}::{test}"
                 assert known[file][test] == bool(slow), f"{file}::{test}: (s)"
     assert named > 60
+
+
+def test_every_table_has_its_head():
+    """A blank line within one makes text of the rows below it."""
+    for path in [REPOSITORY / "README.md", *(REPOSITORY / "docs").rglob("*.md")]:
+        tables = re.findall(r"(?:^\|.*\n)+", path.read_text(), re.MULTILINE)
+        for table in tables:
+            assert re.match(r"\|.*\n\|[ :|-]+\|\n\|", table), f"{path}: {table[:80]}"

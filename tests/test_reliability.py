@@ -4,10 +4,12 @@ A DiT of four small blocks learns from twelve random latents; most runs are fork
 """
 
 import ctypes
+import fcntl
 import hashlib
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -17,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +37,7 @@ from latents.loader import LatentLoader
 from latents.store import StoreWriter
 from models import recompute
 from models.dit import PRESETS, build_dit
-from training import checkpoint, distributed
+from training import checkpoint, distributed, preemption
 
 TINY = {"depth": 4, "hidden_size": 32, "num_heads": 2, "patch_size": 2, "latent_downsample": 4}
 STAGES = {
@@ -109,6 +112,14 @@ def assert_same_end(folder, one, two):
         if files[0].is_file() and name != "finetuned.yaml":
             texts = [f.read_text().replace(one, "").replace(two, "") for f in files]
             assert texts[0] == texts[1]
+
+
+def wait_for(true, process):
+    """Waits until `true()`, which a live process makes so."""
+    deadline = time.perf_counter() + 60
+    while not true():
+        assert process.is_alive() and time.perf_counter() < deadline
+        time.sleep(0.01)
 
 
 def newest_whole(folder, name):
@@ -410,6 +421,120 @@ def test_a_signal_to_one_process_stops_all_after_a_checkpoint(tiny, stage):
     assert_same_end(tiny, f"{name}-calm", f"{name}-stop")
 
 
+STAY = threading.Event()  # never set
+
+
+@pytest.mark.parametrize("where", ["weights", "meeting", "waiting for rank 0", "hanging"])
+def test_a_signal_before_the_first_step_ends_at_once(tiny, where):
+    """Also where the main thread waits in a library, or does not end; the run then goes on."""
+    name, stage = f"early-{where.split()[0]}", "finetune_tinyfusion.py"
+    there = [tiny / f"{name}.{rank}" for rank in range(2)]
+
+    def before(rank):
+        def stay(*_, **__):
+            there[rank].touch()
+            try:
+                STAY.wait()
+            finally:
+                if where == "hanging":
+                    STAY.wait()
+
+        if where == "meeting":
+            os.environ |= {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+            os.environ |= {"MASTER_PORT": str(free_port()), "LOCAL_RANK": "0"}
+            join = torch.distributed.init_process_group
+            join_late = lambda *a, **kw: (there[0].touch(), join(*a, **kw))  # noqa: E731
+            torch.distributed.init_process_group = join_late
+        elif where.startswith("waiting"):
+            find = checkpoint.find
+            checkpoint.find = (stay, lambda *a: (there[1].touch(), find(*a))[1])[rank]
+        else:
+            preemption.GRACE_SECONDS = 1.0
+            importlib.import_module("finetune_tinyfusion").build_grafted = stay
+
+    ranks = 2 if where.startswith("waiting") else 1
+    run = begin(tiny, stage, name, ranks=ranks, before=before)
+    wait_for(lambda: all(path.is_file() for path in there[:ranks]), run.processes[0])
+    time.sleep(0.3)
+    for process in run.processes:
+        os.kill(process.pid, signal.SIGUSR1 if where == "weights" else signal.SIGTERM)
+    said = run.join(code=distributed.PREEMPTED, seconds=10)
+    if where == "meeting":
+        assert said == "stopped by a signal before all processes had met\n"
+    elif where != "hanging":
+        assert said == (
+            "stopped by a signal; the same command (training: with --resume auto) goes on\n"
+        )
+    begin(tiny, stage, name, "--resume", "auto", "--max-steps", 2).join()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_folder_is_one_live_runs_alone(tiny, stage):
+    """Until it is killed: then the next goes on at once."""
+    name = stage.split("_")[0] + "-held"
+    folder = tiny / f"{name}-DiT-Tiny-2"
+
+    def stay(rank):
+        take = checkpoint.RunState.step_done
+
+        def stays(self, step, logged):
+            path = take(self, step, logged)
+            while step == 4:
+                time.sleep(1)
+            return path
+
+        checkpoint.RunState.step_done = stays
+
+    first = begin(tiny, stage, name, before=stay)
+    wait_for((folder / "checkpoints/0000003.pt").is_file, first.processes[0])
+    before = (folder / "log.txt").read_text(), (folder / "metrics.jsonl").read_text()
+    second = begin(tiny, stage, name, "--resume", "auto", ranks=2)
+    second.join(code=2)
+    for rank, path in enumerate(second.outputs):
+        who = f"error (rank {rank})" if rank else "error"
+        pid = first.processes[0].pid
+        said = f"{who}: {folder} is in use by a run that has not ended, process {pid} on "
+        assert path.read_text().startswith(said) and path.read_text().count("\n") == 1
+    assert (folder / "log.txt").read_text().startswith(before[0])
+    assert (folder / "metrics.jsonl").read_text().startswith(before[1])
+    first.kill()
+    begin(tiny, stage, name, "--resume", "auto", "--max-steps", STEPS).join()
+    assert ended(tiny, name)[1][-1]["step"] == STEPS
+
+
+def test_processes_whose_launcher_has_died_stop_after_a_checkpoint(tiny):
+    """As torchrun's agent does that is killed, or ended by a signal that it does not handle."""
+    name, stage = "orphan", "finetune_tinyfusion.py"
+    folder = tiny / f"{name}-DiT-Tiny-2"
+
+    def slowly(rank):
+        os.environ["TORCHELASTIC_RUN_ID"] = "played"
+        preemption.PARENT_SECONDS = 0.1
+        take = checkpoint.RunState.step_done
+        checkpoint.RunState.step_done = lambda *a, **kw: (time.sleep(0.3), take(*a, **kw))[1]
+
+    def launch():
+        begin(tiny, stage, name, ranks=2, before=slowly).join()
+
+    launcher = multiprocessing.get_context("fork").Process(target=launch)
+    launcher.start()
+    wait_for((folder / "checkpoints/0000003.pt").is_file, launcher)
+    launcher.kill()
+    launcher.join()
+    said = tiny / f"said-{name}" / "rank0.txt"
+    deadline = time.perf_counter() + 60
+    with open(folder / "run.lock", "a") as lock:
+        while time.perf_counter() < deadline:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)
+    step = int(re.search(r"stopped by a signal after step (\d+)", said.read_text())[1])
+    assert step < STEPS and newest_whole(tiny, name) == step
+    begin(tiny, stage, name, "--resume", "auto", ranks=2).join()
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_no_training_opens_a_vae(tiny, stage):
     from diffusers import AutoencoderKL
@@ -490,7 +615,16 @@ def test_two_nodes_train_like_one_process(tiny):
     assert "4 x cpu" in said[0] and "steps/s" not in said[1], "only rank 0 speaks"
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(75, True), (0, False), (2, False)])
+@pytest.mark.parametrize(
+    ("code", "requeued"),
+    [
+        (75, True),
+        (128 + signal.SIGTERM, True),
+        (128 + signal.SIGUSR1, True),
+        (0, False),
+        (2, False),
+    ],
+)
 def test_slurm_example_starts_tasks_and_queues_again(tmp_path, code, requeued):
     """Its srun and scontrol are played: two tasks that say where they are, and exit with `code`."""
     tools = tmp_path / "tools"
@@ -578,6 +712,23 @@ def test_a_full_disk_is_one_error_and_costs_no_checkpoint(tiny, stage):
     assert "kept step 3, partial files []" in said
 
 
+def test_a_disk_too_full_for_tensorboard_is_one_error_that_names_it(tiny):
+    board = tiny / "board-DiT-Tiny-2" / "tensorboard"
+    board.mkdir(parents=True)
+
+    def before(rank):
+        small_disk(1 / 256, board)
+        threading.excepthook = threading.__excepthook__  # not pytest's
+
+    run = begin(tiny, "finetune_tinyfusion.py", "board", "--log-every", 1, before=before)
+    run.processes[0].join()
+    if run.processes[0].exitcode == 77:
+        pytest.skip("this system lets no user mount a file system of his own")
+    said = run.join(code=2)
+    assert "Traceback" not in said and "Exception" not in said, said
+    assert said.splitlines()[-1] == f"error: [Errno 28] No space left on device: '{board}'"
+
+
 def test_a_limit_on_file_sizes_is_one_error_too(tiny):
     limit = lambda rank: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))  # noqa: E731
     said = begin(tiny, "finetune_tinyfusion.py", "limit", before=limit).join(code=2)
@@ -604,9 +755,12 @@ def test_an_unwritable_results_folder_is_one_error(tiny, stage):
     (closed / "earlier.txt").write_text("kept")
     closed.chmod(0o555)
     flags = ["--results-dir", closed / "deep"]
-    said = begin(tiny, stage, "closed", *flags, before=as_plain_user).join(code=2)
-    assert said.startswith("error: [Errno 13] Permission denied: ") and said.count("\n") == 1
-    assert str(closed) in said
+    run = begin(tiny, stage, "closed", *flags, ranks=2, before=as_plain_user)
+    run.join(code=2)
+    for who, path in zip(("error", "error (rank 1)"), run.outputs, strict=True):
+        said = path.read_text()
+        assert said.startswith(f"{who}: [Errno 13] Permission denied: ") and said.count("\n") == 1
+        assert str(closed) in said
     assert [p.name for p in closed.iterdir()] == ["earlier.txt"]
 
 

@@ -1,14 +1,18 @@
 """Averages, checkpoints, schedules, the guarded step, LoRA and logs."""
 
 import argparse
+import errno
+import fcntl
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +31,8 @@ from training.draws import draw
 from training.ema import Ema
 from training.lora import add_lora, merge_lora
 from training.optimizer import StepGuard, adamw, schedule
-from training.runlog import Means, RunLog, cut_records
+from training.preemption import SIGNALS
+from training.runlog import Means, RunLog, claim, cut_records
 from training.validation import validation_loss
 
 CPU = distributed.World(0, 0, 1, torch.device("cpu"))
@@ -170,6 +175,22 @@ def test_records_are_cut_to_the_resumed_step(tmp_path):
     path.write_text('{"step": 0}\n{"step": 1}\n')
     cut_records(path, 0)
     assert path.read_text() == ""
+
+
+def test_records_that_a_power_failure_spoilt_are_left_out_by_name(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    lines = [
+        b'{"step": 1}\n',
+        bytes(9) + b'"loss": 2.0}\n',
+        b"\xff\r\n",
+        b"[3]\n",
+        b'{"step": 4}\n',
+    ]
+    path.write_bytes(b"".join(lines) + b'{"st')
+    cut_records(path, 4)
+    assert path.read_bytes() == lines[0] + lines[4]
+    said = [record.getMessage() for record in caplog.records]
+    assert [re.match(rf"{path}: line (\d) is no record", text)[1] for text in said] == list("234")
 
 
 def test_command_line_values():
@@ -357,6 +378,39 @@ def test_runlog_writes_for_people_and_machines(tmp_path):
     silent.metrics(1, loss=0.0)
     silent.close()
     assert not (tmp_path / "other").exists()
+
+
+def test_a_claim_ends_with_the_run_and_needs_locks(tmp_path, monkeypatch, caplog):
+    """Another process may have the folder after a failure; without locks a warning says so."""
+    program = (
+        "import sys, torch; from pathlib import Path; from training.runlog import World, claim; "
+    )
+    program += "claim(World(0, 0, 1, torch.device('cpu')), Path(sys.argv[1]))"
+    folder = tmp_path / "run"
+    other = [sys.executable, "-c", program, str(folder)]
+
+    def fail(args):
+        claim(CPU, folder)
+        assert b"in use by a run" in subprocess.run(other, cwd=root, capture_output=True).stderr
+        raise ValueError("--flag 3: use 4")
+
+    root = Path(__file__).parent.parent
+    with pytest.raises(SystemExit):
+        distributed.run(fail, None)
+    assert not folder.exists()  # nothing was written
+    subprocess.run(other, cwd=root, check=True)
+    assert not caplog.records
+
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", none)
+    claim(CPU, folder)
+    distributed.release()
+    assert "no other run has this folder" in caplog.text
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="a file is in its way"):
+        claim(CPU, tmp_path / "file" / "deep")
 
 
 def test_wandb_is_told_when_asked_for_alone(tmp_path, monkeypatch):
@@ -572,6 +626,31 @@ def test_a_signal_ends_the_run_after_a_whole_checkpoint(tmp_path):
         run.step_done(5, False)
     assert checkpoint.load(tmp_path / "checkpoints/0000005.pt")["train_steps"] == 5
     assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_a_run_gives_the_signals_back_and_its_helpers_die_of_them():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    seen = []
+
+    def signalled(args):
+        fork = multiprocessing.get_context("fork")
+        lives = fork.Event()
+        helper = fork.Process(target=lambda: (lives.set(), time.sleep(60)))
+        helper.start()
+        assert lives.wait(30)
+        helper.terminate()
+        helper.join(10)
+        seen.append(helper.exitcode)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as end:
+        distributed.run(signalled, None)
+    assert end.value.code == distributed.PREEMPTED and seen == [-signal.SIGTERM]
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    elsewhere = threading.Thread(target=distributed.run, args=(seen.append, "in a thread"))
+    elsewhere.start()
+    elsewhere.join()
+    assert seen[1:] == ["in a thread"]
 
 
 def test_the_first_activation_that_is_not_finite_is_named():

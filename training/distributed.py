@@ -14,7 +14,7 @@ import traceback
 import weakref
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,23 +24,22 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from training.preemption import PREEMPTED, SIGNALS, ParentWatch, Preempted, StopSignals
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 T = TypeVar("T")
 
 
 PREFLIGHT_SECONDS = 300.0  # in which all processes of a run must have found each other
+SIGNAL_SECONDS = 2.0  # that a signal may wait there for the main thread
 LOST_MINUTES = 30.0  # after which a process that waits for another ends
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-PREEMPTED = 75  # exit code EX_TEMPFAIL, on which a scheduler can be told to requeue
 
 
 _left: list[dist.ProcessGroup] = []  # see `stop` and `_free_groups`
 _wrapped: list[weakref.ref] = []  # modules that hold a process group
 _graphs: list[torch.cuda.CUDAGraph] = []  # in which the processes meet, see `ends_with`
-
-
-class Preempted(Exception):
-    """A signal ended the run after a whole checkpoint."""
+_lent = ExitStack()  # see `at_end`
 
 
 @dataclass(frozen=True)
@@ -113,14 +112,25 @@ def _meet(rank: int, size: int, device: torch.device, timeout: timedelta) -> Non
         "GLOO_SOCKET_IFNAME)"
     )
 
-    def give_up() -> None:
-        late = f"error: {alone} within {PREFLIGHT_SECONDS:g} seconds: {advice}"
-        print(late, file=sys.stderr, flush=True)
-        os._exit(2)  # the main thread waits in a library that nothing else interrupts
+    heard, told = socket.socketpair()
 
-    clock = threading.Timer(PREFLIGHT_SECONDS, give_up)
-    clock.daemon = True
-    clock.start()
+    def watch() -> None:
+        code, said = 2, f"error: {alone} within {PREFLIGHT_SECONDS:g} seconds: {advice}"
+        heard.settimeout(PREFLIGHT_SECONDS)
+        with heard:
+            try:
+                while number := heard.recv(1):  # of a signal, or b"" once the main thread is back
+                    if number[0] in SIGNALS:
+                        code, said = PREEMPTED, "stopped by a signal before all processes had met"
+                        heard.settimeout(SIGNAL_SECONDS)
+            except TimeoutError:
+                print(said, file=sys.stderr, flush=True)
+                os._exit(code)  # the main thread waits in a library that nothing else interrupts
+
+    threading.Thread(target=watch, name="preflight", daemon=True).start()
+    told.setblocking(False)
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.set_wakeup_fd(told.fileno()) if main_thread else -1
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
@@ -134,7 +144,9 @@ def _meet(rank: int, size: int, device: torch.device, timeout: timedelta) -> Non
         reason = str(error).splitlines()[0]
         raise ValueError(f"{alone} ({reason}): {advice}") from error
     finally:
-        clock.cancel()
+        if main_thread:
+            signal.set_wakeup_fd(before)
+        told.close()
     if met != size:
         raise ValueError(f"{alone}: {met} of {size} processes answered; {advice}")
 
@@ -144,8 +156,19 @@ def ends_with(graph: torch.cuda.CUDAGraph) -> None:
     _graphs.append(graph)
 
 
+def at_end(give_back: Callable[[], object]) -> None:
+    """Calls `give_back` when the run ends, well or not: this process may go on with another."""
+    _lent.callback(give_back)
+
+
+def release() -> None:
+    """Calls what `at_end` was told of."""
+    _lent.close()
+
+
 def stop() -> None:
-    """Leaves the process group, if there is one, and the graphs that `ends_with` was told of."""
+    """Ends a run: leaves the process group, if any, and what `ends_with` and `at_end` were told."""
+    release()
     while _graphs:
         torch.cuda.synchronize()
         _graphs.pop().reset()
@@ -230,14 +253,17 @@ def micro_batches(net: torch.nn.Module, inputs: dict, number: int) -> Iterator[d
 
 
 def decide(world: World, choose: Callable[[], T]) -> T:
-    """Rank 0's `choose()`, plain data, on every process; an error of bad input is raised on all."""
+    """Rank 0's `choose()`, plain data, on every process.
+
+    A ValueError or OSError is raised on all, so that none waits for a process that has ended.
+    """
     if world.size == 1:
         return choose()
     box: list = [None, None]
     if world.main:
         try:
             box[0] = choose()
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             box[1] = error
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
@@ -251,11 +277,27 @@ def run(main: Callable[[Namespace], None], args: Namespace) -> None:
     Bad input is a ValueError or FileNotFoundError that this repository raises by name, or a path
     that cannot be written, also for want of space; anything else keeps its traceback. Rank 0
     speaks at once; the others wait a moment, in which torchrun ends them when they only follow it.
-    Output whose reader has left ends it in silence.
+    Output whose reader has left ends it in silence. A signal to stop ends it with exit code 75, a
+    training's from its first step on after a checkpoint.
     """
+    signals = StopSignals(at_once=True)  # until a training has its own
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        at_end(ParentWatch().stop)
+    try:
+        _run(main, args, signals)
+    finally:
+        release()
+        signals.restore()
+
+
+def _run(main: Callable[[Namespace], None], args: Namespace, signals: StopSignals) -> None:
     rank = int(os.environ.get("RANK", "0"))
     try:
-        main(args)
+        try:
+            main(args)
+        finally:
+            stopped_here = signals.noted
+            signals.at_once = False  # the end, whatever it is, is not disturbed
         _free_groups()
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -265,12 +307,15 @@ def run(main: Callable[[Namespace], None], args: Namespace) -> None:
     except Preempted as stopped:
         if rank == 0:
             print(stopped, file=sys.stderr)
+        if stopped_here:  # where no other process may be
+            _leave(PREEMPTED)
         stop()
         sys.exit(PREEMPTED)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _unheard():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left
             _leave(128 + signal.SIGPIPE)
+        signals.restore()
         if rank > 0:
             time.sleep(3)
         if not _is_bad_input(error):

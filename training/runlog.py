@@ -3,19 +3,31 @@
 Where --wandb asks for it, Weights & Biases gets what TensorBoard gets.
 """
 
+import errno
+import fcntl
+import io
 import json
 import logging
 import math
+import os
+import socket
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from models.files import naming, write_whole
 from models.provenance import environment
-from training.distributed import World, sum_across
+from training.distributed import World, at_end, decide, sum_across
+
+LOCK = "run.lock"  # beside log.txt
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems that have none
+log = logging.getLogger(__name__)
 
 
 def watched(world: World) -> bool:
@@ -23,19 +35,84 @@ def watched(world: World) -> bool:
     return world.main and sys.stderr.isatty()
 
 
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(
+            f"the folder {folder} cannot be made, a file is in its way: name another with "
+            "--results-dir, or for extraction with --features-path"
+        ) from error
+
+
+def claim(world: World, folder: Path) -> None:
+    """Makes the run folder, for this run alone until it or its process ends, in whatever way.
+
+    To be called before anything of the folder is read. The lock is one of the file system, held by
+    rank 0: no other process inherits it, and other machines see it too. A run that is refused
+    before it has written anything leaves no folder.
+
+    Raises:
+        ValueError: another run holds the folder, or it cannot be made.
+    """
+    decide(world, lambda: _lock(folder))
+
+
+def _lock(folder: Path) -> None:
+    new, path = not folder.exists(), folder / LOCK
+    _make(folder)
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115, open while the run lasts
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            log.warning("%s: %s; see to it that no other run has this folder", path, error)
+        else:
+            file.seek(0)
+            with file:
+                holder = file.read().strip()
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            raise ValueError(
+                f"{folder} is in use by a run that has not ended, {holder}: end that one, or "
+                "choose another --prefix"
+            ) from error
+    if not os.fstat(file.fileno()).st_nlink:  # just deleted by the run that had made it
+        file.close()
+        return _lock(folder)
+
+    def give_back() -> None:
+        with file, suppress(OSError):  # of a folder that was moved or deleted
+            if new and os.listdir(folder) == [LOCK]:
+                path.unlink()
+                folder.rmdir()
+
+    at_end(give_back)
+    with naming(path):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+
+
 def cut_records(path: Path, step: int) -> None:
     """Drops the lines of a .jsonl file that lie beyond `step`, and a last one that was torn.
 
-    All at step 0, from which a run writes also what it finds before its first step.
+    All at step 0, from which a run writes also what it finds before its first step. Another line
+    that cannot be read, as a power failure leaves it, is dropped with a warning.
     """
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        whole = line.endswith("}\n")
-        if step > 0 and whole and json.loads(line)["step"] <= step:
-            kept.append(line)
-    write_whole(path, lambda partial: partial.write_text("".join(kept), encoding="utf-8"))
+    lines = io.BytesIO(path.read_bytes()) if step > 0 else []
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError) as error:
+            log.warning("%s: line %d is no record (%r) and is left out", path, number, error)
+    write_whole(path, lambda partial: partial.write_bytes(b"".join(kept)))
 
 
 class Means:
@@ -93,6 +170,15 @@ class _LogFile(logging.FileHandler):
             raise  # what `emit` caught
 
 
+def _hush(before: Callable, failure: threading.ExceptHookArgs) -> None:
+    """Leaves an OSError of TensorBoard's thread to `RunLog`, in which its next call raises it."""
+    if not (
+        isinstance(failure.exc_value, OSError)
+        and type(failure.thread).__module__.startswith("tensorboard.")
+    ):
+        before(failure)
+
+
 def _begin_wandb(folder: Path, settings: dict):
     """A run of Weights & Biases, continued where the one of this folder was cut off.
 
@@ -139,13 +225,7 @@ class RunLog:
         if not self.active:
             self._logger.addHandler(logging.NullHandler())
             return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise ValueError(
-                f"the folder {self.folder} cannot be made, a file is in its way: name another with "
-                "--results-dir, or for extraction with --features-path"
-            ) from error
+        _make(self.folder)
         if settings.get("wandb"):
             self._wandb = _begin_wandb(self.folder, settings)
         form = logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S")
@@ -160,7 +240,13 @@ class RunLog:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step + 1)
+            before = threading.excepthook
+            threading.excepthook = partial(_hush, before)
+            at_end(lambda: setattr(threading, "excepthook", before))
+            with naming(self.folder / "tensorboard"):
+                self._board = SummaryWriter(
+                    str(self.folder / "tensorboard"), purge_step=start_step + 1
+                )
         self.info(f"{Path(sys.argv[0]).name} {json.dumps(environment(world.device))}")
         self.info("settings " + json.dumps(settings, sort_keys=True, default=str))
 
@@ -178,8 +264,9 @@ class RunLog:
             self._metrics.write(json.dumps({"step": step, "time": time.time(), **plain}) + "\n")
             self._metrics.flush()
         if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            with naming(self.folder / "tensorboard"):
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
@@ -191,6 +278,7 @@ class RunLog:
         if self.active:
             self._metrics.close()
             if self._board is not None:
-                self._board.close()
+                with naming(self.folder / "tensorboard"):
+                    self._board.close()
             if self._wandb is not None:
                 self._wandb.finish()
