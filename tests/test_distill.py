@@ -14,6 +14,7 @@ from latents.loader import balanced_rows
 from models.dit import DiT, build_dit
 from models.grafting import build_grafted, load_plan
 from models.operators import build_operator
+from training import distributed
 from training.distillation import Students, Teacher
 from training.optimizer import adamw, schedule
 
@@ -52,7 +53,10 @@ def distill(monkeypatch, folder, config, name, *flags):
     command += ["--results-dir", folder, "--prefix", name, "--num-samples", 8, "--val-samples", 4]
     command += ["--global-batch-size", 4, "--epochs", 2, "--log-every", 1, "--lr", 1e-3]
     monkeypatch.setattr(sys, "argv", [str(w) for w in [*command, "--device", "cpu", *flags]])
-    distill_operators.main(distill_operators.parse_args())
+    try:
+        distill_operators.main(distill_operators.parse_args())
+    finally:
+        distributed.release()
     return folder / f"{name}-DiT-Mini-2"
 
 
