@@ -9,6 +9,7 @@ import math
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import nn
 
@@ -79,6 +80,25 @@ def sincos_table(side: int, width: int) -> torch.Tensor:
     columns = line[None, :, :].expand(side, -1, -1)
     rows = line[:, None, :].expand(-1, side, -1)
     return torch.cat([columns, rows], dim=-1).reshape(1, side * side, width).float()
+
+
+def embed_patches(x: torch.Tensor, layer: nn.Conv2d) -> torch.Tensor:
+    """What a convolution over patches gives for x [B,C,H,W], as tokens [B,T,D] in raster order.
+
+    As a product of matrices: the tokens are contiguous, where cuDNN leaves channels outermost, for
+    every pass after it to stride over or copy.
+    """
+    B, C, H, W = x.shape
+    P = layer.kernel_size[0]
+    patches = x.reshape(B, C, H // P, P, W // P, P).permute(0, 2, 4, 1, 3, 5)
+    return F.linear(patches.reshape(B, -1, C * P * P), layer.weight.flatten(1), layer.bias)
+
+
+class Patches(PatchEmbed):
+    """x [B,C,H,W] -> tokens [B,T,D]"""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return embed_patches(x, self.proj)
 
 
 class TimestepEmbedder(nn.Module):
@@ -223,7 +243,7 @@ class DiT(nn.Module):
         self.grid = input_size // patch_size
         self.num_tokens = self.grid**2
 
-        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
+        self.x_embedder = Patches(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         # a parameter, because the published state dicts hold it, but never trained

@@ -18,7 +18,7 @@ from diffusers.models.embeddings import PatchEmbed
 from torch import nn
 
 from models.captions import Captions
-from models.dit import DiT, modulate
+from models.dit import DiT, embed_patches, modulate
 from models.recompute import run_block
 from models.selection import check_keep, run_slot
 from models.weights import diffusers_name
@@ -168,7 +168,7 @@ class PixArt(nn.Module):
         """What enters the first block: tokens [B,T,D], and what all blocks read."""
         y = y if drop is None else y.dropped(drop)
         dtype = self.proj_out.weight.dtype
-        x = self.pos_embed.proj(x).flatten(2).transpose(1, 2) + self.pos_embed.pos_embed  # B T D
+        x = embed_patches(x, self.pos_embed.proj) + self.pos_embed.pos_embed  # B T D
         parts, time = self.adaln_single(t, batch_size=len(x), hidden_dtype=dtype)  # B 6D, B D
         text = self.caption_projection(y.embeddings.to(dtype))  # B L D
         bias = torch.where(y.mask, 0.0, MASKED).to(dtype).unsqueeze(1)  # B 1 L

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_prune import FORMS, select_form
+from test_prune import forms, select_form
 
 from latents import group_norm
 from latents.store import open_latents
@@ -348,8 +348,7 @@ def test_bf16_training_follows_fp32(mini, mode):
 
 
 @pytest.mark.parametrize("slot", ["mha", "mlp"])
-@pytest.mark.parametrize("groups", FORMS)
-@pytest.mark.parametrize("model", ["DiT-Mini/2", "DiT-S/2", "DiT-XL/2"])
+@pytest.mark.parametrize(("model", "groups"), forms("DiT-Mini/2", "DiT-S/2", "DiT-XL/2"))
 def test_selection_in_every_form(monkeypatch, tmp_path, write_latents, model, groups, slot):
     write_latents(tmp_path / "latents", 8, classes=5)
     select_form(monkeypatch, tmp_path, model, slot, groups, "cuda")

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 import prune_by_learning
-from models.dit import build_dit
+from models.dit import build_dit, preset
 from models.grafting import build_choices, build_grafted, load_plan, with_base
 from models.selection import LayerGates
 from scripts import testbed
@@ -60,39 +60,34 @@ SWA = ("mha", "swa", {})
 THIN = ("mlp", "mlp", {"expansion_ratio": 3})
 
 
-FORMS = {"2:4": 14, "1:2": 14, "3:4": 21, "7:14": 14, "2:4,1:4,3:4,2:4,1:4,3:4,2:4": 14}
+# by depth: what --groups takes, and how many blocks then keep their original
+FORMS = {
+    12: {"2:4": 6, "1:2": 6, "3:4": 9, "3:6": 6, "2:12": 2, "2:4,1:4,3:4": 6},
+    28: {"2:4": 14, "1:2": 14, "3:4": 21, "7:14": 14, "2:4,1:4,3:4,2:4,1:4,3:4,2:4": 14},
+}
+
+
+def forms(*models):
+    return [(model, groups) for model in models for groups in FORMS[preset(model)["depth"]]]
 
 
 def select_form(monkeypatch, folder, model, slot, groups, device):
-    """A selection of 28 blocks in one slot, in one form of groups."""
+    """A selection over every block in one slot, in one form of groups."""
     slot, operator, config = SWA if slot == "mha" else THIN
+    depth = preset(model)["depth"]
     name = f"{model}-{slot}-{groups}".translate(str.maketrans("/:,", "---"))[:40]
-    plan = plan_file(folder, name, [(slot, operator, list(range(28)), config)], model)
+    plan = plan_file(folder, name, [(slot, operator, list(range(depth)), config)], model)
     flags = ["--groups", groups, "--delta-w", "--lora", "--no-compile"]
     run, answer = select(monkeypatch, folder, plan, name, *flags, device=device)
-    assert len(answer["kept"]) == FORMS[groups] and answer["slots"] == [slot]
+    assert len(answer["kept"]) == FORMS[depth][groups] and answer["slots"] == [slot]
     assert load_plan(run / "selected.yaml").grafted_blocks(slot) == tuple(answer["grafted"])
     shutil.rmtree(run / "checkpoints")  # of the largest model: gigabytes
 
 
-@pytest.mark.parametrize(
-    ("groups", "kept"),
-    [("1:2", 6), ("3:4", 9), ("2:4,1:4,3:4", 6), ("3:6", 6), ("2:12", 2)],
-)
-@pytest.mark.parametrize("swap", [SWA, THIN], ids=["mha", "mlp"])
-def test_group_forms_on_another_depth(monkeypatch, folder, swap, groups, kept):
-    slot, operator, config = swap
-    name = f"{slot}-{groups.replace(':', '').replace(',', '-')}"
-    plan = plan_file(folder, name, [(slot, operator, list(range(12)), config)])
-    run, answer = select(monkeypatch, folder, plan, name, "--groups", groups)
-    assert len(answer["kept"]) == kept and answer["slots"] == [slot]
-    assert load_plan(run / "selected.yaml").grafted_blocks(slot) == tuple(answer["grafted"])
-
-
 @pytest.mark.parametrize("slot", ["mha", "mlp"])
-@pytest.mark.parametrize("groups", FORMS)
-def test_group_forms_of_the_smallest_model(monkeypatch, folder, slot, groups):
-    select_form(monkeypatch, folder, "DiT-Mini/2", slot, groups, "cpu")
+@pytest.mark.parametrize(("model", "groups"), forms("DiT-Mini/2", "DiT-S/2"))
+def test_every_form_of_groups(monkeypatch, folder, model, slot, groups):
+    select_form(monkeypatch, folder, model, slot, groups, "cpu")
 
 
 @pytest.mark.slow
