@@ -43,3 +43,6 @@ python sample_ddp_finetuned.py --config "$out/final-DiT-Mini-2/finetuned.yaml" -
 
 stage "6/6 score"
 python evaluate_fid.py data/mini/train "$out/samples" --feature-net mini
+
+stage "what each stage came to"
+python scripts/road_table.py "$out" --json "$out/road.json"

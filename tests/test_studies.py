@@ -13,6 +13,7 @@ from models.plan import load_plan, write_plan
 from scripts import (
     distillation_study,
     restructuring_study,
+    road_table,
     selection_page,
     selection_study,
     testbed,
@@ -417,3 +418,53 @@ def test_a_worker_says_what_a_failed_entry_said_and_goes_on(tmp_path):
         testbed.entry("sample_ddp_finetuned.py", "--config", tmp_path / "nowhere.yaml")
     testbed.entry("scripts/unpack_mini.py", "--out", tmp_path / "images")
     assert (tmp_path / "images" / "train").is_dir()
+
+
+def test_the_roads_table_is_made_of_its_runs(tmp_path, capsys):
+    road = tmp_path / "road"
+    rows = {
+        "distill": [
+            {"step": 0, "val_error/block01.mha": 2.0, "val_error/block02.mha": 4.0},
+            {"step": 5, "loss": 1.0},
+            {"step": 5, "val_error/block01.mha": 0.25, "val_error/block02.mha": 0.5},
+        ],
+        "stage2": [{"step": 1, "mse": 0.5}, {"step": 7, "mse": 0.125}],
+        "selection": [{"step": 1, "loss": 0.5}, {"step": 8, "loss": 0.0625}],
+        "final": [{"step": 1, "mse": 0.5}, {"step": 9, "mse": 0.03125}],
+    }
+    for stage, lines in rows.items():
+        (road / f"{stage}-DiT-Mini-2").mkdir(parents=True)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (road / f"{stage}-DiT-Mini-2" / "metrics.jsonl").write_text(text)
+    made = {"git_revision": "a" * 40, "torch": "2", "python": "3", "hardware": "CPU", "time": "now"}
+    groups = [{"confidence": 0.5, "options": [1, 2, 3]}, {"confidence": 1.0, "options": [1, 2, 3]}]
+    answer = {"kept": [0, 3], "groups": groups, **made}
+    (road / "selection-DiT-Mini-2" / "selection.json").write_text(json.dumps(answer))
+    with pytest.raises(ValueError, match=r"metrics\.json: missing: run scripts/road_mini\.sh"):
+        road_table.summary(road)
+    (road / "samples").mkdir()
+    score = {"metrics": {"fd_mini": 4.5}, "num_samples": 16}
+    (road / "samples" / "metrics.json").write_text(json.dumps(score))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- results: written by scripts/road_table.py -->\n<!-- end of results -->")
+    road_table.main(Namespace(road=road, json=tmp_path / "road.json", page=page))
+    said = capsys.readouterr().out
+    for row in (
+        "| 5 | relative error of an operator's output: median of the blocks (least to greatest) "
+        "| 3.00 (2.00 to 4.00) | 0.38 (0.25 to 0.50) |",
+        "| 7 | training MSE | 0.5000 | 0.1250 |",
+        "| 8 | training loss | 0.5000 | 0.0625 |",
+        "| 9 | training MSE | 0.5000 | 0.0312 |",
+        "Kept: 0, 3; mean confidence 0.75, with 3 options a group. 16 samples: fd_mini 4.500.",
+    ):
+        assert row in said and row in page.read_text()
+    (road / "stage2-DiT-Mini-2" / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match="stage2-DiT-Mini-2/metrics.jsonl: missing or empty"):
+        road_table.summary(road)
+
+
+def test_the_page_of_the_road_is_that_of_its_numbers():
+    found = json.loads((testbed.REPOSITORY / "docs" / "results" / "road.json").read_text())
+    assert (
+        road_table.as_table(found) in (testbed.REPOSITORY / "docs" / "distillation.md").read_text()
+    )
