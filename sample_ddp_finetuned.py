@@ -26,7 +26,14 @@ from tqdm import tqdm
 
 from diffusion import noise
 from diffusion.samplers import sample
-from evaluation.writers import default_name, describe_run, save_grid, save_npz, save_png
+from evaluation.writers import (
+    default_name,
+    describe_run,
+    is_whole_png,
+    save_grid,
+    save_npz,
+    save_png,
+)
 from latents import group_norm
 from latents.codec import load_codec
 from latents.labels import LABELS, read_labels
@@ -129,9 +136,9 @@ def main(args: argparse.Namespace) -> None:
     def file_of(image: int) -> Path:
         return prompts.file_of(folder, image) if prompts else folder / f"{image:06d}.png"
 
-    # The images that are not there yet, shared out evenly
+    # The images that are not there yet, or not whole, shared out evenly
     def absent() -> list[int]:
-        return [i for i in range(number) if not file_of(i).is_file()]
+        return [i for i in range(number) if not is_whole_png(file_of(i))]
 
     missing = distributed.decide(world, absent)[world.rank :: world.size]
     batches = torch.tensor(missing, dtype=torch.int64).split(args.per_proc_batch_size)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import re
 import zipfile
 from argparse import Namespace
@@ -26,6 +27,7 @@ IDENTIFIED_BY = {
     "text_encoder": "text_encoder_sha256",
 }
 PACKED = 64  # images that go into an .npz at once
+PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"
 
 
 def default_name(args: Namespace, model_name: str, checkpoint: str | None) -> str:
@@ -102,6 +104,17 @@ def _saying_what_to_do() -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{error}; delete that file and repeat the command") from error
+
+
+def is_whole_png(path: Path) -> bool:
+    """Whether a PNG is there to its last bytes, which a crash of the machine may have lost."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - len(PNG_END)))
+            return file.read() == PNG_END
+    except FileNotFoundError:
+        return False
 
 
 def save_npz(path: Path, files: Sequence[Path], num_workers: int = 4) -> None:

@@ -59,15 +59,15 @@ def check_writable(path: str | Path) -> None:
     trial.unlink()
 
 
-def remove_stale(folder: Path, pattern: str = "*") -> None:
+def remove_stale(folder: Path, pattern: str = "*", seconds: float = STALE_SECONDS) -> None:
     """Deletes the partial files that killed processes left of files named like `pattern`.
 
-    Only such as have not changed for an hour: a younger one may be in the making, on another
-    machine too.
+    Only such as have not changed for so long: a younger one may be in the making, on another
+    machine too, unless something else says that nobody writes there.
     """
     for partial in folder.glob(f".{pattern}.*.partial"):
         with contextlib.suppress(FileNotFoundError):  # another process was faster
-            if time.time() - partial.stat().st_mtime > STALE_SECONDS:
+            if time.time() - partial.stat().st_mtime > seconds:
                 partial.unlink()
 
 

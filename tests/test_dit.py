@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from timm.models.vision_transformer import PatchEmbed
 
-from models.dit import PRESETS, DiT, build_dit
+from models.dit import PRESETS, DiT, Patches, build_dit
 from models.operators import build_operator
 from models.presets import latent_size
 from models.selection import GraftPair
@@ -39,6 +40,22 @@ def tiny_inputs(batch=4):
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("dit_small", 5e-6), ("dit_small_strong", 5e-5)])
+@pytest.mark.parametrize("P", [1, 2, 4])
+def test_patches_are_those_of_timm(P):
+    """Values and gradients in float64, also of a latent that is not contiguous."""
+    torch.manual_seed(0)
+    ours, theirs = (kind(8, P, 3, 12).double() for kind in (Patches, PatchEmbed))
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 8, 8, 3, dtype=torch.float64).permute(0, 3, 1, 2).requires_grad_()
+    ends = []
+    for embedder in (ours, theirs):
+        out = embedder(x)
+        wanted = (x, *embedder.parameters())
+        ends.append([out, *torch.autograd.grad((out * out.detach().cos()).sum(), wanted)])
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-12)
+    assert ends[0][0].is_contiguous()
+
+
 def test_forward_and_guidance_match_golden(golden, name, tolerance):
     doc, arrays, fill = golden("dit_small")
     case, seed = doc["cases"][name], doc["seed"]

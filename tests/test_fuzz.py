@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from latents.store import StoreWriter, open_latents
+from models import operators
 from models.plan import load_plan
 
 VALUES = st.recursive(
@@ -171,6 +172,25 @@ def test_operator_yamls(folder, case):
     (folder / "operator.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
     (folder / "outer.yaml").write_text(yaml.safe_dump(content))
     one_error(lambda: load_plan(folder / "outer.yaml"), folder / "operator.yaml", keys)
+
+
+DECENT = {"d_model": 384, "dim": 384, "embed_dim": 384, "l_max": 16}  # as GRAFT's model has them
+
+
+@pytest.mark.parametrize("number", [2**16 + 1, 10**14, 10**18, 2**63, 10**400, 1e300])
+@pytest.mark.parametrize("name", sorted(operators.OPERATORS))
+def test_numbers_that_no_machine_holds(folder, name, number):
+    """Every key of every operator that takes numbers at all, alone with this one."""
+    spec, content = operators.OPERATORS[name], copy.deepcopy(GRAFT)
+    content["operator"] |= {"type": spec.slot, "name": name, "config_filepath": "operator.yaml"}
+    (folder / "outer.yaml").write_text(yaml.safe_dump(content))
+    path = folder / "operator.yaml"
+    required = {key: DECENT.get(key, 4) for key in spec.required}
+    for key, setting in spec.settings.items():
+        if setting.accepts(1) or setting.accepts([1, 1]):
+            for value in (number, [number, number], [0, number]):
+                path.write_text(yaml.safe_dump({**required, key: value}), encoding="utf-8")
+                one_error(lambda: load_plan(folder / "outer.yaml"), path, {key})
 
 
 @pytest.fixture(scope="module")

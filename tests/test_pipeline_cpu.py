@@ -111,7 +111,11 @@ def test_stopped_sampling_goes_on_and_refuses_to_mix(work, pair):
     assert sorted(after) == sorted(before)
     assert all(after[n] == before[n] for n in before if n != "000003.png")
     whole = before["000004.png"]
-    (folder / "000004.png").write_bytes(whole[:200])
+    for torn in (whole[:200], b""):
+        (folder / "000004.png").write_bytes(torn)
+        draw_samples(work, "two", *pair)
+        assert (folder / "000004.png").read_bytes() == whole
+    (folder / "000004.png").write_bytes(whole[:200] + whole[-12:])
     error = draw_samples(work, "two", *pair, fails=True)
     assert "000004.png cannot be read as an image" in error and "delete that file" in error
     assert "Traceback" not in error

@@ -221,7 +221,7 @@ BAD_CONFIGS = {  # slot, operator, its file -> message
         "mha", "mamba2", "ngroups: 3\n",
         "ngroups 3 does not divide the 4 heads .*: choose one of 1, 2, 4$",
     ),
-    "negative window": ("mha", "swa", "window_size: [-1, 4]\n", r"window_size \[-1, 4\] .* 0 or "),
+    "negative window": ("mha", "swa", "window_size: [-1, 4]\n", r"window_size \[-1, 4\] .* from 0"),
     "three windows": ("mha", "swa", "window_size: [1, 2, 3]\n", "window_size .* two whole numbers"),
     "one window": ("mha", "swa", "window_size: 4\n", "window_size 4 .* two whole numbers"),
     "heads": ("mha", "swa", "num_heads: 5\n", "num_heads 5 does not divide .* hidden size 128"),

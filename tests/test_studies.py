@@ -445,7 +445,7 @@ def test_the_roads_table_is_made_of_its_runs(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"metrics\.json: missing: run scripts/road_mini\.sh"):
         road_table.summary(road)
     (road / "samples").mkdir()
-    score = {"metrics": {"fd_mini": 4.5}, "num_samples": 16}
+    score = {"metrics": {"fd_mini": 4.5}, "num_samples": 16, **made, "git_revision": "b" * 40}
     (road / "samples" / "metrics.json").write_text(json.dumps(score))
     page = tmp_path / "page.md"
     page.write_text("<!-- results: written by scripts/road_table.py -->\n<!-- end of results -->")
@@ -457,12 +457,20 @@ def test_the_roads_table_is_made_of_its_runs(tmp_path, capsys):
         "| 7 | training MSE | 0.5000 | 0.1250 |",
         "| 8 | training loss | 0.5000 | 0.0625 |",
         "| 9 | training MSE | 0.5000 | 0.0312 |",
-        "Kept: 0, 3; mean confidence 0.75, with 3 options a group. 16 samples: fd_mini 4.500.",
+        "Kept: 0, 3; mean confidence 0.75, with 3 options a group. 16 samples: fd_mini 4.500. "
+        "Made at revision aaaaaaaa with PyTorch 2 on CPU; "
+        "at revision bbbbbbbb with PyTorch 2 on CPU.",
     ):
         assert row in said and row in page.read_text()
-    (road / "stage2-DiT-Mini-2" / "metrics.jsonl").unlink()
-    with pytest.raises(ValueError, match="stage2-DiT-Mini-2/metrics.jsonl: missing or empty"):
-        road_table.summary(road)
+    log = road / "stage2-DiT-Mini-2" / "metrics.jsonl"
+    for text, words in (
+        ('{"step": 1, "mse": null}\n', "missing, or without what the stage measures"),
+        ('{"step": 1, "mse": 0.5}{}\n', "is not whole"),
+        ("", "missing, or without"),
+    ):
+        log.write_text(text)
+        with pytest.raises(ValueError, match=f"stage2-DiT-Mini-2/metrics.jsonl:? {words}"):
+            road_table.summary(road)
 
 
 def test_the_page_of_the_road_is_that_of_its_numbers():

@@ -381,7 +381,8 @@ def test_runlog_writes_for_people_and_machines(tmp_path):
 
 
 def test_a_claim_ends_with_the_run_and_needs_locks(tmp_path, monkeypatch, caplog):
-    """Another process may have the folder after a failure; without locks a warning says so."""
+    """Another process may have the folder after a failure, and what it left half written is gone
+    then; without locks a warning says so."""
     program = (
         "import sys, torch; from pathlib import Path; from training.runlog import World, claim; "
     )
@@ -391,15 +392,22 @@ def test_a_claim_ends_with_the_run_and_needs_locks(tmp_path, monkeypatch, caplog
 
     def fail(args):
         claim(CPU, folder)
+        half = folder / ".log.txt.1.partial"
+        half.touch()
         assert b"in use by a run" in subprocess.run(other, cwd=root, capture_output=True).stderr
+        half.unlink()
         raise ValueError("--flag 3: use 4")
 
     root = Path(__file__).parent.parent
     with pytest.raises(SystemExit):
         distributed.run(fail, None)
     assert not folder.exists()  # nothing was written
+    halves = folder / ".a.json.1.partial", folder / "checkpoints" / ".0000001.pt.1.partial"
+    for half in halves:
+        half.parent.mkdir(parents=True, exist_ok=True)
+        half.touch()
     subprocess.run(other, cwd=root, check=True)
-    assert not caplog.records
+    assert not caplog.records and not any(half.exists() for half in halves)
 
     def none(*_):
         raise OSError(errno.ENOLCK, "No locks available")

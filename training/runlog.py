@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from models.files import naming, write_whole
+from models.files import naming, remove_stale, write_whole
 from models.provenance import environment
 from training.distributed import World, at_end, decide, sum_across
 
@@ -64,6 +64,8 @@ def _lock(folder: Path) -> None:
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115, open while the run lasts
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for place in (folder, folder / "checkpoints"):
+            remove_stale(place, seconds=-math.inf)  # nobody else writes here
     except OSError as error:
         if error.errno in NO_LOCKS:
             log.warning("%s: %s; see to it that no other run has this folder", path, error)

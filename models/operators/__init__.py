@@ -24,6 +24,8 @@ from models.operators.mlp import build_mlp
 logger = logging.getLogger(__name__)
 
 HYENA_L_MAX = 1_000_000
+# of sizes and ratios, and of numbers of tokens; beyond them tensors cannot even be described
+MOST, MOST_LENGTH = 2**16, 2**24
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def _is_int(value) -> bool:
 
 
 def _is_number(value) -> bool:
-    return (_is_int(value) or isinstance(value, float)) and not math.isnan(value)
+    return _is_int(value) or (isinstance(value, float) and not math.isnan(value))
 
 
 def _is_pair(value) -> bool:
@@ -63,14 +65,19 @@ def _only(*values) -> Setting:
     return Setting(legal, same, passed=False)
 
 
-COUNT = Setting("a whole number above 0", lambda v: _is_int(v) and v > 0)
+def _count(most: int) -> Setting:
+    return Setting(f"a whole number from 1 to {most}", lambda v: _is_int(v) and 0 < v <= most)
+
+
+COUNT = _count(MOST)
+LENGTH = _count(MOST_LENGTH)
 FLAG = Setting("true or false", lambda v: isinstance(v, bool))
-RATIO = Setting("a number above 0", lambda v: _is_number(v) and 0 < v < math.inf)
-SCALE = Setting("null or a number above 0", lambda v: v is None or RATIO.accepts(v))
+RATIO = Setting(f"a number above 0, up to {MOST}", lambda v: _is_number(v) and 0 < v <= MOST)
+SCALE = Setting(f"null or {RATIO.legal}", lambda v: v is None or RATIO.accepts(v))
 DROPOUT = Setting("a number from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1)
 WINDOW = Setting(
-    "two whole numbers [left, right], 0 or more",
-    lambda v: _is_pair(v) and all(_is_int(n) and n >= 0 for n in v),
+    f"two whole numbers [left, right], each from 0 to {MOST_LENGTH}",
+    lambda v: _is_pair(v) and all(_is_int(n) and 0 <= n <= MOST_LENGTH for n in v),
 )
 DT_LIMIT = Setting("[low, high] with 0 <= low < high, or high null for no bound", _is_dt_limit)
 UNREAD = Setting("any value", lambda v: True, passed=False)  # means nothing for what is supported
@@ -78,7 +85,7 @@ HINT = Setting("any value", lambda v: True, passed=False, hint=True)
 
 _HYENA = {
     "d_model": COUNT,
-    "l_max": COUNT,
+    "l_max": LENGTH,
     "order": _only(2),
     "inner_factor": _only(1),
     "num_heads": _only(1),
