@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from entries import encode, run
 
 from scripts.benchmark_evaluation import write_random_inception
+
+torch.set_num_threads(1)  # a process forked from one with OpenMP's threads would wait for them
 
 GOLDEN = Path(__file__).parent / "golden"
 
