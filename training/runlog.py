@@ -64,9 +64,9 @@ def _lock(folder: Path) -> None:
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115, open while the run lasts
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for place in (folder, folder / "checkpoints"):
-            remove_stale(place, seconds=-math.inf)  # nobody else writes here
+        alone = True
     except OSError as error:
+        alone = False
         if error.errno in NO_LOCKS:
             log.warning("%s: %s; see to it that no other run has this folder", path, error)
         else:
@@ -90,6 +90,9 @@ def _lock(folder: Path) -> None:
                 folder.rmdir()
 
     at_end(give_back)
+    if alone:
+        for place in (folder, folder / "checkpoints"):
+            remove_stale(place, seconds=-math.inf)  # what nobody else writes here now
     with naming(path):
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
