@@ -43,6 +43,7 @@ from training.lora import add_lora_around
 from training.optimizer import StepGuard, adamw, count, schedule
 from training.runlog import Means, RunLog, claim, watched
 from training.validation import validation_loss
+from training.working import with_copies
 
 # A resumed run must have these flags as it was begun with
 FIXED = ("lr", "lr_schedule", "lr_end_factor", "warmup_steps", "weight_decay", "clip_grad")
@@ -142,7 +143,10 @@ def main(args: argparse.Namespace) -> None:
         del resumed
     latents, draws_of = compile_functions(world, args.compile, store.latents, draw)
     compile_models(world, args.compile, learner, *([] if teacher is None else [teacher]))
-    net = distributed.wrap(world, learner, capture_stream(world, args.compile))
+    working, lines = with_copies(world, learner, dtype, guard, args)
+    for line in lines:
+        log.info(line)
+    net = distributed.wrap(world, working, capture_stream(world, args.compile))
     diffusion = create_diffusion("")
 
     def inputs_of(batch):
@@ -169,7 +173,7 @@ def main(args: argparse.Namespace) -> None:
 
     def step_on_device(**inputs):
         """A training step -> the loss terms, and the gradient norm before clipping."""
-        optimizer.zero_grad(set_to_none=True)
+        guard.zero_grad()
         total = torch.zeros(len(names), device=world.device)
         for part in distributed.micro_batches(net, inputs, args.grad_accum):
             terms = losses(net, **part) / args.grad_accum
@@ -278,7 +282,7 @@ def parse_args() -> argparse.Namespace:
     add("--lora", action="store_true", help="low-rank updates of all but the new operators")
     arguments.add_lora(add, rank=64)
     arguments.add_schedule(add, kind="cosine")
-    arguments.add_machine(parser)
+    arguments.add_exchange(arguments.add_machine(parser))
     add = parser.add_argument_group("accepted so that old commands run").add_argument
     add("--vae", help="without effect: the images are encoded already")
     add("--strict", action="store_true", help="without effect: loading is always strict")

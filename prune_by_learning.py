@@ -51,6 +51,7 @@ from training.selection_report import (
     write_answer,
     write_trajectory_line,
 )
+from training.working import with_copies
 
 # A resumed run must have these flags as it was begun with
 FIXED = ("candidates", "choose", "groups", "pin", "delta_w", "lora", "lora_rank", "lora_alpha")
@@ -155,7 +156,10 @@ def main(args: argparse.Namespace) -> None:
         world, args.compile, store.latents, draw, noise.uniform
     )
     compile_models(world, args.compile, gated)
-    net = distributed.wrap(world, gated, capture_stream(world, args.compile))
+    working, lines = with_copies(world, gated, dtype, guard, args)
+    for line in lines:
+        log.info(line)
+    net = distributed.wrap(world, working, capture_stream(world, args.compile))
     diffusion = create_diffusion("")
     options = sum(o.shape[0] for o in gates.options)
 
@@ -181,7 +185,7 @@ def main(args: argparse.Namespace) -> None:
 
     def step_on_device(**inputs):
         """A training step -> the loss [1]."""
-        optimizer.zero_grad(set_to_none=True)
+        guard.zero_grad()
         total = torch.zeros(1, device=world.device)
         for part in distributed.micro_batches(net, inputs, args.grad_accum):
             loss = loss_of(net, **part) / args.grad_accum
@@ -286,7 +290,7 @@ def parse_args() -> argparse.Namespace:
     arguments.add_grad_checkpoint(add)
     add = arguments.add_optimisation(parser, ema_decay=0.999)
     add("--gate-lr", type=arguments.rate, default=1e-3, help="learning rate of the gate logits")
-    arguments.add_machine(parser)
+    arguments.add_exchange(arguments.add_machine(parser))
     add = parser.add_argument_group("accepted so that old commands run").add_argument
     add("--vae", help="without effect: the images are encoded already")
     return parser.parse_args()

@@ -192,7 +192,14 @@ def compare(args: argparse.Namespace) -> None:
     for batch in args.batch:
         torch.compiler.reset()  # a batch size of its own, not one for all
         setting = loops.Setting(
-            world, dtype, plan, batch, args.compile, args.kernels, args.grad_checkpoint
+            world,
+            dtype,
+            plan,
+            batch,
+            args.compile,
+            args.kernels,
+            args.grad_checkpoint,
+            args.exchange,
         )
         if args.command == "sampling":
             makers = {"published": partial(loops.published_sampling, setting)}
@@ -485,9 +492,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             add("--steps", type=arguments.positive, default=10, help="timed together")
             compiled = argparse.BooleanOptionalAction
             add("--compile", action=compiled, default=True, help="torch.compile")
-            command.set_defaults(grad_checkpoint=False)
+            command.set_defaults(grad_checkpoint=False, exchange="fp32")
         if name in ("finetune", "selection"):
             arguments.add_grad_checkpoint(add)
+            arguments.add_exchange(add)
         add("--kernels", choices=("auto", "torch"), default="auto", help="see the entries")
         add("--profile", action="store_true", help="print which kernels take the time; CUDA")
         machine(command)

@@ -8,6 +8,7 @@ diffusion, which uploads no coefficients; that makes it faster than what it stan
 Not a command.
 """
 
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -35,6 +36,7 @@ from training.ema import Ema
 from training.lora import add_lora
 from training.optimizer import StepGuard, adamw
 from training.runlog import Means
+from training.working import with_copies
 
 Step = Callable[[], None]
 TAU, SCALING = 1.0, 10.0
@@ -52,6 +54,7 @@ class Setting:
     compile: bool
     kernels: str
     grad_checkpoint: bool = False  # here, not in the published style
+    exchange: str = "fp32"  # here, see arguments.add_exchange
 
 
 def random_dit(plan: GraftPlan, device: torch.device, pairs: bool = False) -> DiT:
@@ -130,7 +133,11 @@ def training(setting: Setting, selection: bool) -> Step:
         world, setting.compile, store.latents, draw, noise.uniform
     )
     compile_models(world, setting.compile, net)
-    wrapped = distributed.wrap(world, net, capture_stream(world, setting.compile))
+    flags = Namespace(
+        grad_accum=1, grad_checkpoint=setting.grad_checkpoint, exchange=setting.exchange
+    )
+    working, _ = with_copies(world, net, setting.dtype, guard, flags)
+    wrapped = distributed.wrap(world, working, capture_stream(world, setting.compile))
     diffusion = create_diffusion("")
     moments = torch.randn(B, 2, 8, *store.shape[1:], device=device).half()
     index = torch.arange(B, device=device)
@@ -140,7 +147,7 @@ def training(setting: Setting, selection: bool) -> Step:
     steps = 0
 
     def on_device(x, t, noise, **inputs):
-        optimizer.zero_grad(set_to_none=True)
+        guard.zero_grad()
         with precision.autocast(device, setting.dtype):
             terms = diffusion.training_losses(wrapped, x, t, inputs, noise=noise)
         loss = terms["loss"].mean()

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from training.compilation import compile_models, graphed
 from training.distributed import World
 from training.ema import Ema
 from training.optimizer import StepGuard, adamw
+from training.working import with_copies
 
 pytestmark = [
     pytest.mark.gpu,
@@ -409,16 +411,21 @@ def test_lower_precisions_draw_like_fp32(mini):
 
 @two_gpus
 @pytest.mark.parametrize(
-    ("precision", "mode", "tolerance"),
-    [("fp32", "--no-compile", 1e-4), ("bf16", "--compile", 0.02)],
+    ("precision", "mode", "exchange", "tolerance"),
+    [
+        ("fp32", "--no-compile", "fp32", 1e-4),
+        ("bf16", "--compile", "fp32", 0.02),
+        ("bf16", "--compile", "bf16", 0.02),
+    ],
 )
-def test_two_gpus_train_like_one(mini, precision, mode, tolerance):
+def test_two_gpus_train_like_one(mini, precision, mode, exchange, tolerance):
     """The same 20 steps: losses alike to fp32 rounding, and to 2 % in bf16 as users run it."""
     losses = {}
     for processes in (1, 2):
-        prefix = f"world{processes}-{precision}"
+        prefix = f"world{processes}-{precision}-{exchange}"
         run(
             "finetune_tinyfusion.py", "--config", "configs/mini/75p_swa.yaml", mode,
+            "--exchange", exchange,
             "--results-dir", mini, "--data-path", mini / "latents", "--prefix", prefix,
             "--max-steps", 20, "--global-batch-size", 32, "--log-every", 1,
             "--precision", precision, processes=processes,
@@ -547,8 +554,8 @@ def test_fused_steps_are_those_of_pytorch(graph):
         said = f"optimiser and averages: {'PyTorch' if reason else 'Triton'}{reason}"
         assert guard.line == said
 
-        def on_device(x, factor, model=model, optimizer=optimizer, guard=guard):
-            optimizer.zero_grad(set_to_none=True)
+        def on_device(x, factor, model=model, guard=guard):
+            guard.zero_grad()
             ((model(x) - x).square().mean() * factor).backward()
             return guard.step()
 
@@ -564,6 +571,37 @@ def test_fused_steps_are_those_of_pytorch(graph):
         ends[kernels] = [t.detach() for t in (*model.parameters(), *ema.averages, *states)]
     # PyTorch takes 1 - beta2 in float32
     torch.testing.assert_close(ends["auto"], ends["torch"], rtol=1e-3, atol=1e-4)
+
+
+def test_steps_on_copies_are_those_on_casts():
+    """Twelve steps in bf16, as one CUDA graph after the first."""
+    alone, ends = World(0, 0, 1, torch.device("cuda")), []
+    flags = Namespace(grad_accum=1, grad_checkpoint=False, exchange="fp32")
+    for copies in (False, True):
+        torch.manual_seed(0)
+        layers = torch.nn.Linear(64, 512), torch.nn.Tanh(), torch.nn.Linear(512, 64, bias=False)
+        model = torch.nn.Sequential(*layers).cuda()
+        ema, optimizer = Ema(model, 0.9), adamw([{"params": [*model.parameters()], "lr": 1e-3}], 0)
+        guard, net = StepGuard(optimizer, 0.5, ema), model
+        if copies:
+            net, lines = with_copies(alone, model, torch.bfloat16, guard, flags)
+            assert lines == ["3 weights of products are kept in bf16 too"]
+
+        def on_device(x, net=net, guard=guard):
+            guard.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = (net(x) - x).square().mean()
+            loss.backward()
+            return guard.step()
+
+        take_step, norms = graphed(alone, True, on_device), []
+        for _ in range(12):
+            guard.set_rates()
+            norms.append(take_step(x=torch.randn(32, 64, device="cuda")).clone())
+        if copies:
+            assert all(torch.equal(c, p.bfloat16()) for p, c in net.copies.items())
+        ends.append([t.detach() for t in (*norms, *model.parameters(), *ema.averages)])
+    torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()

@@ -164,6 +164,17 @@ def add_grad_checkpoint(add: Callable) -> None:
     )
 
 
+def add_exchange(add: Callable) -> None:
+    """In what several processes average the gradients of `training.working`'s weights."""
+    add(
+        "--exchange",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="how processes exchange the gradients of matrix products, which a bf16 run computes "
+        "in bf16: bf16 halves what is sent, and rounds their sum once more",
+    )
+
+
 def add_optimisation(parser: argparse.ArgumentParser, ema_decay: float | None) -> Callable:
     """The flags of every training loss and optimiser; returns the group's add_argument.
 

@@ -2,7 +2,8 @@
 
 PyTorch's two passes read and write eleven tensors of the model's size, among them the gradients,
 which its AdamW writes back clipped; this one reads weights, gradients, both moments and averages
-and writes all but the gradients: nine. The state is torch.optim.AdamW's own.
+and writes all but the gradients: nine. The state is torch.optim.AdamW's own. Of weights with a
+working copy (training/working.py) it reads that copy's gradient, and writes the copy too.
 
 Where the tensors lie, the kernel reads from a table on the device. Gradients lie elsewhere at
 every eager step, and in a CUDA graph where the capture found them. Their addresses reach the table
@@ -11,6 +12,7 @@ host: nothing waits, and a graph holds them itself.
 """
 
 import math
+from collections.abc import Mapping
 from functools import cache
 
 import torch
@@ -19,41 +21,51 @@ import torch.distributed as dist
 from training.ema import Ema
 
 BLOCK, WARPS = 2048, 8  # numbers that a program updates, and its warps
-ROW = 8  # of the table: weight, two moments, average, gradient, size, first program; one unused
-GRADIENT = 4
-WIDTH, BYTES = 4, 16  # what a thread loads at once, where all sizes and addresses are multiples
+ROW = 8  # of the table: weight, two moments, average, gradient, size, first program, copy or 0
+GRADIENT, SIZE, FIRST, COPY = 4, 5, 6, 7
+WIDTH = 4  # numbers that a thread loads at once, where all sizes and addresses are multiples
 TOLERANCE = 2e-6  # of the check at first use, by the norm; float32
 
 
 class FusedStep:
-    """Steps of an AdamW whose weights, and no others, an `Ema` averages."""
+    """Steps of an AdamW whose weights, and no others, an `Ema` averages.
+
+    copies: the working copies of weights, bf16, whose gradients are theirs.
+    """
 
     def __init__(self, optimizer: torch.optim.AdamW, ema: Ema) -> None:
         self.optimizer, self.ema = optimizer, ema
+        self.copies: Mapping[torch.nn.Parameter, torch.nn.Parameter] = {}
         self.tables: list[_Table | None] = [None] * len(optimizer.param_groups)
 
     @torch.no_grad()
-    def __call__(self, rates: list[torch.Tensor], scale: torch.Tensor, bad: torch.Tensor) -> bool:
+    def __call__(self, rates: list[torch.Tensor], scale: torch.Tensor, bad: torch.Tensor) -> None:
         """A step, and one of the averages; of the averages alone where the gradient is `bad`.
 
         Args:
             rates: the groups' learning rates. scale: what gradients are divided by. bad: 1 to leave
                 the step out, else 0. All 0-d float32, on the device.
-
-        Returns:
-            False, with nothing done, where a weight has no moments yet: PyTorch makes them in its
-            own first step.
         """
-        groups, state = self.optimizer.param_groups, self.optimizer.state
-        held = [[p for p in group["params"] if p.grad is not None] for group in groups]
-        if not all(state.get(p) for weights in held for p in weights):
-            return False
-        for i, weights in enumerate(held):
-            if weights:
-                self._step(i, weights, rates[i], scale, bad)
-        if rest := [p for p in self.ema.parameters if p.grad is None]:
-            self.ema.update(rest)
-        return True
+        rest = set(self.ema.parameters)
+        for i, group in enumerate(self.optimizer.param_groups):
+            held = [p for p in group["params"] if self._gradient(p) is not None]
+            rest.difference_update(held)
+            if held:
+                self._step(i, held, rates[i], scale, bad)
+        if rest:
+            self.ema.update([p for p in self.ema.parameters if p in rest])
+
+    def _gradient(self, weight: torch.nn.Parameter) -> torch.Tensor | None:
+        return self.copies.get(weight, weight).grad
+
+    def _state(self, weight: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+        """A weight's moments and its number of steps; as AdamW begins them, where it has none."""
+        state = self.optimizer.state[weight]
+        if not state:
+            state["step"] = torch.zeros((), device=weight.device)
+            state["exp_avg"] = torch.zeros_like(weight)
+            state["exp_avg_sq"] = torch.zeros_like(weight)
+        return state
 
     def _step(
         self,
@@ -63,7 +75,7 @@ class FusedStep:
         scale: torch.Tensor,
         bad: torch.Tensor,
     ) -> None:
-        group, states = self.optimizer.param_groups[i], [self.optimizer.state[p] for p in weights]
+        group, states = self.optimizer.param_groups[i], [self._state(p) for p in weights]
         beta1, beta2 = group["betas"]
         steps = [s["step"] for s in states]
         torch._foreach_add_(steps, [1 - bad] * len(steps))  # alone it would be read as a number
@@ -71,25 +83,32 @@ class FusedStep:
         corrections = torch.stack([1 - beta1**taken, (1 - beta2**taken).sqrt()], 1).float()
         moved = [weights, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]]
         moved.append([self.ema.average_of[p] for p in weights])
-        places = [[t.data_ptr() for t in tensors] for tensors in zip(*moved, strict=True)]
+        copies = [self.copies.get(p) for p in weights]
+        moved.append(copies)
+        places = [
+            [0 if t is None else t.data_ptr() for t in tensors]
+            for tensors in zip(*moved, strict=True)
+        ]
         table = self.tables[i]
         if table is None or table.places != places:  # in a capture this fails: a copy from the host
             table = self.tables[i] = _Table(places, weights)
-        gradients = [p.grad.contiguous() for p in weights]
+        gradients = [self._gradient(p).contiguous() for p in weights]
         wide = table.set_gradients([g.data_ptr() for g in gradients])
         _kernel()[(len(table.owner),)](
             table.rows, table.owner, corrections, rate, scale, bad,
             beta1, 1 - beta1, beta2, 1 - beta2, group["eps"], group["weight_decay"],
-            1.0 - self.ema.decay, WIDE=wide, ROW=ROW, BLOCK=BLOCK, num_warps=WARPS,
+            1.0 - self.ema.decay, WIDE=wide, ROW=ROW, GRADIENT=GRADIENT, SIZE=SIZE, FIRST=FIRST,
+            COPY=COPY, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
-        torch.autograd.graph.increment_version([t for tensors in moved for t in tensors])
+        changed = [t for tensors in moved for t in tensors if t is not None]
+        torch.autograd.graph.increment_version(changed)
 
 
 class _Table:
     """Where a group's tensors lie, on the device.
 
     Args:
-        places: addresses of each weight, its moments and its average.
+        places: addresses of each weight, its moments, its average and its working copy, or 0.
     """
 
     def __init__(self, places: list[list[int]], weights: list[torch.nn.Parameter]) -> None:
@@ -97,12 +116,14 @@ class _Table:
         sizes = torch.tensor([p.numel() for p in weights])
         programs = (sizes + BLOCK - 1) // BLOCK
         rows = torch.zeros(len(weights), ROW, dtype=torch.int64)
-        rows[:, :GRADIENT] = torch.tensor(places)
-        rows[:, GRADIENT + 1] = sizes
-        rows[:, GRADIENT + 2] = programs.cumsum(0) - programs
+        rows[:, [*range(GRADIENT), COPY]] = torch.tensor(places)
+        rows[:, SIZE] = sizes
+        rows[:, FIRST] = programs.cumsum(0) - programs
         self.places = places
-        self.wide = all(place % BYTES == 0 for row in places for place in row)
-        self.wide &= all(p.numel() % WIDTH == 0 for p in weights)
+        self.sizes = [2 if copy else 4 for *_, copy in places]  # bytes of a gradient's number
+        self.wide = all(p.numel() % WIDTH == 0 for p in weights)
+        for *own, copy in places:
+            self.wide &= all(place % (4 * WIDTH) == 0 for place in own) and copy % (2 * WIDTH) == 0
         self.rows = rows.to(device)
         self.owner = torch.arange(len(weights)).repeat_interleave(programs).int().to(device)
         self.gradients = self.rows[:, GRADIENT]
@@ -112,7 +133,8 @@ class _Table:
         """Enters these -> whether every tensor can be read in wide loads."""
         self.gradients.zero_()
         torch._foreach_add_(self.each_gradient, addresses)
-        return self.wide and all(address % BYTES == 0 for address in addresses)
+        even = (a % (size * WIDTH) == 0 for a, size in zip(addresses, self.sizes, strict=True))
+        return self.wide and all(even)
 
 
 def refusal(optimizer: torch.optim.AdamW, ema: Ema) -> str:
@@ -146,8 +168,8 @@ def _disagreement(device: torch.device) -> float:
     """How far weights, averages and moments end from float64 PyTorch's, over their norms.
 
     Not from float32 PyTorch's: on CUDA that takes 1 - beta2 of a beta2 in float32, which is 1.3e-5
-    off. Odd and even sizes, in groups with settings of their own; gradients that are clipped, not
-    finite, at odd addresses, and missing.
+    off. Odd and even sizes, in groups with settings of their own, some with working copies;
+    gradients that are clipped, not finite, at odd addresses, and missing.
     """
     ends = []
     for dtype in (torch.float64, torch.float32):
@@ -161,19 +183,25 @@ def _disagreement(device: torch.device) -> float:
         settings = {"lr": 0.1, "weight_decay": 0.1}, {"lr": 0.02, "weight_decay": 0.0}
         groups = [{"params": list(model)[i::2], **settings[i]} for i in range(2)]
         optimizer, ema = torch.optim.AdamW(groups, foreach=False), Ema(model, 0.9)
-        for p in model if dtype == torch.float32 else ():
-            moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[p] = {"step": torch.zeros((), device=device), **moments}
         rates = [torch.full((), group["lr"], device=device) for group in groups]
         step = FusedStep(optimizer, ema)
+        copied = [i in (1, 4, 5) for i in range(len(sizes))]
+        if dtype == torch.float32:
+            step.copies = {
+                p: torch.nn.Parameter(torch.empty_like(p, dtype=torch.bfloat16))
+                for p, has in zip(model, copied, strict=True)
+                if has
+            }
         for number, divisor in enumerate((1.0, 3.0, torch.nan, 2.0, 1.0)):
             scale = torch.full((), divisor, device=device)
             bad = (~scale.isfinite()).float()
-            for p in model:
+            for i, (p, has) in enumerate(zip(model, copied, strict=True)):
                 odd = number == 3
-                p.grad = draw(p.numel() + odd).mul_(scale)[odd:].to(dtype)
-            if number == 4:
-                model[3].grad = None
+                grad = draw(p.numel() + odd).mul_(scale)
+                grad = (grad.bfloat16() if has else grad)[odd:]
+                missing = number == 4 and i == 3
+                leaf = step.copies.get(p, p)
+                leaf.grad = None if missing else grad.to(leaf.dtype)
             if dtype == torch.float32:
                 step(rates, scale, bad)
                 continue
@@ -182,6 +210,10 @@ def _disagreement(device: torch.device) -> float:
                     p.grad = None if p.grad is None else p.grad / divisor
                 optimizer.step()
             ema.update()
+        rounding = 2**-8 if device.type == "cuda" else 2**-7  # Triton's interpreter cuts off
+        for p, copy in step.copies.items():
+            if ((copy.float() - p).abs() > rounding * p.abs()).any():
+                return math.inf
         moments = [[optimizer.state[p][k] for p in model] for k in ("exp_avg", "exp_avg_sq")]
         kinds = (model, ema.averages, *moments)
         ends.append([torch.cat([t.detach().flatten() for t in kind]) for kind in kinds])
@@ -199,32 +231,44 @@ def _kernel():
     def adamw_and_average(
         rows, owner, corrections, rate, scale, bad,
         beta1, rest1, beta2, rest2, eps, weight_decay, pull,
-        WIDE: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr,
+        WIDE: tl.constexpr, ROW: tl.constexpr, GRADIENT: tl.constexpr, SIZE: tl.constexpr,
+        FIRST: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         program = tl.program_id(0)
         tensor = tl.load(owner + program)
         row = rows + tensor * ROW
-        start = (program - tl.load(row + 6)) * BLOCK  # in 64 bits, as the table is
-        left = tl.minimum(tl.load(row + 5) - start, BLOCK).to(tl.int32)
+        start = (program - tl.load(row + FIRST)) * BLOCK  # in 64 bits, as the table is
+        left = tl.minimum(tl.load(row + SIZE) - start, BLOCK).to(tl.int32)
         weight = tl.load(row).to(tl.pointer_type(tl.float32))
         moment = tl.load(row + 1).to(tl.pointer_type(tl.float32))
         square = tl.load(row + 2).to(tl.pointer_type(tl.float32))
         average = tl.load(row + 3).to(tl.pointer_type(tl.float32))
-        gradient = tl.load(row + 4).to(tl.pointer_type(tl.float32))
+        gradient = tl.load(row + GRADIENT)
+        copied = tl.load(row + COPY)
+        copy = copied.to(tl.pointer_type(tl.bfloat16))
         if WIDE:
             left = tl.multiple_of(left, 4)
             weight = tl.multiple_of(weight, 16)
             moment = tl.multiple_of(moment, 16)
             square = tl.multiple_of(square, 16)
             average = tl.multiple_of(average, 16)
-            gradient = tl.multiple_of(gradient, 16)
+            gradient = tl.multiple_of(gradient, 8)
+            copy = tl.multiple_of(copy, 8)
         at = tl.arange(0, BLOCK)
         inside = at < left
         p = tl.load(weight + start + at, mask=inside)
         m = tl.load(moment + start + at, mask=inside)
         v = tl.load(square + start + at, mask=inside)
         a = tl.load(average + start + at, mask=inside)
-        g = tl.load(gradient + start + at, mask=inside) * (1.0 / tl.load(scale))
+        if copied != 0:
+            low = gradient.to(tl.pointer_type(tl.bfloat16))
+            g = tl.load(low + start + at, mask=inside).to(tl.float32)
+        else:
+            full = gradient.to(tl.pointer_type(tl.float32))
+            if WIDE:
+                full = tl.multiple_of(full, 16)
+            g = tl.load(full + start + at, mask=inside)
+        g *= 1.0 / tl.load(scale)
         lr = tl.load(rate)
         step = lr / tl.load(corrections + 2 * tensor)
         root = 1.0 / tl.load(corrections + 2 * tensor + 1)
@@ -234,6 +278,8 @@ def _kernel():
         new_p = p - (lr * weight_decay) * p - step * new_m / (tl.sqrt(new_v) * root + eps)
         p = tl.where(good, new_p, p)
         tl.store(weight + start + at, p, mask=inside)
+        if copied != 0:
+            tl.store(copy + start + at, p.to(tl.bfloat16), mask=inside)
         tl.store(moment + start + at, tl.where(good, new_m, m), mask=inside)
         tl.store(square + start + at, tl.where(good, new_v, v), mask=inside)
         # as torch.lerp, which is exact at both ends

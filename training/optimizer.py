@@ -1,7 +1,7 @@
 """AdamW, learning-rate schedules, and a step that every process takes or skips together."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -94,7 +94,20 @@ class StepGuard:
         elif reason := fused_step.refusal(optimizer, ema):
             reason = f"Triton {reason}"
         self.fused = None if reason else fused_step.FusedStep(optimizer, ema)
+        self.copies: Mapping[torch.nn.Parameter, torch.nn.Parameter] = {}
         self.line = f"optimiser and averages: {f'PyTorch ({reason})' if reason else 'Triton'}"
+
+    def use_copies(self, copies: Mapping[torch.nn.Parameter, torch.nn.Parameter]) -> None:
+        """Steps take the gradients of these working copies (bf16) from now on, and refresh them.
+
+        Only where Triton takes the steps.
+        """
+        self.copies = self.fused.copies = copies
+
+    def zero_grad(self) -> None:
+        """Forgets the gradients."""
+        for p in self.parameters:
+            self.copies.get(p, p).grad = None
 
     def set_rates(self) -> None:
         """Hands the schedule's learning rates to the device; before each `step`.
@@ -106,13 +119,20 @@ class StepGuard:
 
     def step(self) -> torch.Tensor:
         """One step of optimiser and averages; returns the gradient norm before clipping, 0-d."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        leaves = [self.copies.get(p, p) for p in self.parameters]
+        gradients = [p.grad for p in leaves if p.grad is not None]
+        kinds = [
+            [g for g in gradients if (g.dtype == torch.float32) is full] for full in (True, False)
+        ]
+        norms = [torch._foreach_norm(kind, 2.0, torch.float32) for kind in kinds if kind]
+        norm = torch.linalg.vector_norm(torch.stack([n for each in norms for n in each]))
         bad = (~torch.isfinite(norm)).float()
         # The optimiser itself divides by one and leaves its step out for the other, which spares
         # a pass over all gradients.
         scale = (norm / self.max_norm).clamp(min=1.0)
-        if self.fused is None or not self.fused(self.rates, scale, bad):
+        if self.fused is not None:
+            self.fused(self.rates, scale, bad)
+        else:
             self.optimizer.grad_scale, self.optimizer.found_inf = scale, bad
             with self._rates_on_device():
                 self.optimizer.step()
