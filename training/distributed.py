@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 PREFLIGHT_SECONDS = 300.0  # in which all processes of a run must have found each other
 SIGNAL_SECONDS = 2.0  # that a signal may wait there for the main thread
+BUCKET_MB = 100  # of gradients that are exchanged together: about a block of DiT-XL/2
 LOST_MINUTES = 30.0  # after which a process that waits for another ends
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -226,7 +227,11 @@ def wrap(
         stream.wait_stream(torch.cuda.current_stream())
     with nullcontext() if stream is None else torch.cuda.stream(stream):
         wrapped = DistributedDataParallel(
-            module, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+            module,
+            device_ids=ids,
+            bucket_cap_mb=BUCKET_MB,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,
         )
     if stream is not None:
         torch.cuda.current_stream().wait_stream(stream)
