@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import nn
 
+from models.operators.mlp import TanhGelu
 from models.operators.modulation import (
     Addend,
     Modulated,
@@ -150,11 +151,7 @@ class DiTBlock(Modulated):
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__(hidden_size)
         self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
-        self.mlp = Mlp(
-            hidden_size,
-            hidden_features=int(hidden_size * mlp_ratio),
-            act_layer=partial(nn.GELU, approximate="tanh"),
-        )
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=TanhGelu)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(

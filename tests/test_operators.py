@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from models.operators import OPERATORS, _note_hint, build_operator, complete_config, mamba2
 from models.operators import attention as attention_module
+from models.operators.mlp import TanhGelu
 
 SMALL = {  # one small configuration of every operator
     "mha": {"dim": 32, "num_heads": 4},
@@ -124,6 +125,28 @@ def test_tables_describe_the_operator(name):
         "mha" if spec.slot == "mha" else "mlp", **SMALL["mha" if spec.slot == "mha" else "mlp"]
     ).state_dict()
     assert set(spec.inherits.values()) <= original.keys()
+
+
+MIN_CUT = "aot_eager_decomp_partition"  # divides forward and backward as Inductor does
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_gelu_is_its_tanh_form(mode):
+    """Value and gradient against float64; nothing is kept for the gradient but the input."""
+    act = TanhGelu()
+    kept = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    x = torch.linspace(-12, 12, 4001, requires_grad=True)
+    exact = x.detach().double().requires_grad_()
+    torch.nn.functional.gelu(exact, approximate="tanh").sum().backward()
+    with hooks:
+        y = (torch.compile(act, backend=MIN_CUT) if mode == "compiled" else act)(x)
+    y.sum().backward()
+    torch.compiler.reset()
+    expected = torch.nn.functional.gelu(exact, approximate="tanh")
+    torch.testing.assert_close(y.double(), expected, atol=2e-6, rtol=0)
+    torch.testing.assert_close(x.grad.double(), exact.grad, atol=5e-6, rtol=0)
+    assert len(kept) == 1
 
 
 def test_mlp_uses_the_tanh_gelu():
