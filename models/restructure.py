@@ -134,17 +134,18 @@ def run_pair(
     Returns:
         [B,T,D] each: x with `before`, and the change.
     """
+    rows = x.shape[0] * x.shape[1]
     if isinstance(merge, PairChoice):
         x = x if before is None else add(x, before)
         in_sequence = second(first(x, c), c) - x
         a, b = (partial(block, x, c, apart=True) for block in merge.parallel(first, second))
-        (_, one), (_, other) = beside(a, b, x.device)
+        (_, one), (_, other) = beside(a, b, x.device, rows)
         return x, end((one, other), merge.merge, shares[0], in_sequence)
     a, b = (
         partial(block, x, c, keep, before, parts=part, apart=True)
         for block, keep, part in zip((first, second), shares, parts, strict=True)
     )
-    (x, one), (_, other) = beside(a, b, x.device)
+    (x, one), (_, other) = beside(a, b, x.device, rows)
     return x, end((one, other), merge)
 
 

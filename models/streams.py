@@ -7,6 +7,7 @@ gradients would have to find their streams. Anywhere else all runs in its order,
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import TypeVar
 
@@ -14,23 +15,47 @@ import torch
 
 Result = TypeVar("Result")
 
+# cuBLAS plans a product for the whole GPU, with blocks that leave no shared memory on a processor:
+# two of them take turns on two streams. Up to so many rows in each it pays to plan both for this
+# share of the processors instead.
+SMALL, SHARE = 512, 0.455
+
 # What one stream frees it may write to again before another has read it. Both functions here free
 # nothing that crosses streams until these have met, and begin by waiting for the present one.
 
 
 def beside(
-    first: Callable[[], Result], second: Callable[[], Result], device: torch.device
+    first: Callable[[], Result], second: Callable[[], Result], device: torch.device, rows: int
 ) -> tuple[Result, Result]:
-    """The results of two functions that need nothing of each other."""
+    """The results of two functions that need nothing of each other.
+
+    rows: of their matrix products.
+    """
     if not _spreads(device):
         return first(), second()
     here, there = torch.cuda.current_stream(device), _stream(device, "beside")
     there.wait_stream(here)
-    with torch.cuda.stream(there):
-        other = second()
-    one = first()
+    with _shared(device, rows):
+        with torch.cuda.stream(there):
+            other = second()
+        one = first()
     here.wait_stream(there)
     return one, other
+
+
+@contextmanager
+def _shared(device: torch.device, rows: int) -> Iterator[None]:
+    """Within it, products with few rows are planned for a share of the processors."""
+    leave_out = getattr(torch._C, "_set_sm_carveout_experimental", None)
+    if rows > SMALL or leave_out is None:
+        yield
+        return
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    leave_out(processors - round(SHARE * processors))
+    try:
+        yield
+    finally:
+        leave_out(None)
 
 
 def ahead(
