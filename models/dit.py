@@ -10,9 +10,10 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
+from timm.models.vision_transformer import Mlp, PatchEmbed
 from torch import nn
 
+from models.operators.attention import FullAttention
 from models.operators.mlp import TanhGelu
 from models.operators.modulation import (
     Addend,
@@ -150,7 +151,7 @@ class DiTBlock(Modulated):
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__(hidden_size)
-        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
+        self.attn = FullAttention(hidden_size, num_heads)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=TanhGelu)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 

@@ -361,16 +361,17 @@ def usable(
 ) -> Iterator[tuple[str, nn.Module]]:
     """The operator on every combination of paths that can run here, by name; says which cannot."""
     sites: dict[type, list[str | None]] = {}
+    classes = {type(module) for module in operator.modules()}
     for path, kernel in KERNELS.items():
-        if any(isinstance(m, kernel.site) for m in operator.modules()):
-            sites.setdefault(kernel.site, [None])
+        for site in classes.intersection(kernel.sites):
+            sites.setdefault(site, [None])
             if device.type != "cuda":
                 continue
             reason = accelerators.refusal(operator, path, device, dtype, tokens)
             if reason:
                 print(f"not timed at {tokens} tokens: {kernel.name} {reason}")
             else:
-                sites[kernel.site].append(path)
+                sites[site].append(path)
     for paths in itertools.product(*sites.values()):
         variant = copy.deepcopy(operator)
         chosen = [path for path in paths if path is not None]

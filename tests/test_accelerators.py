@@ -1,5 +1,6 @@
 """Which kernels operators run on: chosen, refused with a reason, and equal to the PyTorch paths."""
 
+import dataclasses
 import importlib
 import re
 import sys
@@ -14,7 +15,9 @@ from torch import nn
 from torch.nn.attention import flex_attention as flex_module
 
 from models.operators import OPERATORS, accelerators, build_operator
+from models.operators import attention as attention_module
 from models.operators.attention import (
+    FullAttention,
     SlidingWindowAttention,
     dense_window_attention,
     flex_window_attention,
@@ -93,6 +96,12 @@ def flash_attn_qkvpacked_func(qkv, dropout_p, softmax_scale, window_size):
     return y.transpose(1, 2)
 
 
+def fused_attention(qkv, heads, window=None, scale=None):
+    qkv = qkv.unflatten(-1, (3, heads, -1))
+    window = window or (qkv.shape[1], qkv.shape[1])
+    return flash_attn_qkvpacked_func(qkv, 0.0, scale, window).flatten(2)
+
+
 PACKAGES = {
     "causal-conv1d": (causal_conv1d_fwd_function, causal_conv1d_bwd_function),
     "mamba-ssm": (_mamba_chunk_scan_combined_fwd, _mamba_chunk_scan_combined_bwd),
@@ -121,7 +130,13 @@ def install(monkeypatch):
     monkeypatch.setattr(accelerators, "DEVICES", ("cpu",))
     monkeypatch.setattr(flex_module, "_validate_device", lambda *tensors: None)
 
-    tops = {accelerators.KERNELS[path].module.partition(".")[0] for path in AGREEING}
+    # Triton itself stays, as PyTorch uses it
+    ours = dataclasses.replace(
+        accelerators.KERNELS["triton"], module="our_triton", distribution="our_triton"
+    )
+    monkeypatch.setitem(accelerators.KERNELS, "triton", ours)
+    monkeypatch.setattr(attention_module, "fused_attention", fused_attention)
+    tops = {accelerators.KERNELS[path].module.partition(".")[0] for path in ("triton", *AGREEING)}
     for name in list(sys.modules):
         if name.partition(".")[0] in tops:
             monkeypatch.delitem(sys.modules, name)
@@ -142,7 +157,7 @@ def lines(model, dtype=torch.float32, tokens=10, **options):
 
 
 def paths(model):
-    kinds = (SlidingWindowAttention, CausalConv, Mamba2)
+    kinds = (FullAttention, SlidingWindowAttention, CausalConv, Mamba2)
     return [m.path for m in model.modules() if isinstance(m, kinds)]
 
 
@@ -157,18 +172,17 @@ def test_on_the_cpu_pytorch_runs_and_nothing_is_imported(monkeypatch):
     model = nn.ModuleList(build_operator(name, **SMALL[name]) for name in OPERATORS)
     accelerators.set_path(model, "flash-attn")
     assert lines(model) == ["operators: PyTorch (on the CPU)"]
-    assert paths(model) == ["torch"] * 8
+    assert paths(model) == ["torch"] * 9
     cuda = torch.device("cuda")
     torchs = accelerators.accelerate(model, cuda, torch.bfloat16, 10, "torch")
     assert torchs == ["operators: PyTorch (as --kernels says)"]
-    plain = nn.ModuleList(build_operator(name, **SMALL[name]) for name in ("mha", "mlp"))
-    assert lines(plain) == []
+    assert lines(build_operator("mlp", **SMALL["mlp"])) == []
 
 
 def test_what_is_missing_or_broken_is_named(install, monkeypatch, tmp_path):
     model = nn.ModuleList(build_operator(name, **SMALL[name]) for name in ("swa", "hyena_y"))
     assert lines(model, torch.bfloat16) == [
-        "swa: PyTorch (flash-attn is not installed)",
+        "swa: PyTorch (Triton is not installed; flash-attn is not installed)",
         "hyena_y: PyTorch (causal-conv1d is not installed)",
     ]
     monkeypatch.setattr(sys, "meta_path", sys.meta_path[1:])
@@ -189,16 +203,18 @@ def test_what_is_missing_or_broken_is_named(install, monkeypatch, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FAST)
 def test_a_kernel_that_agrees_is_taken(install, name, dtype):
-    for path, functions in AGREEING.items():
+    for path, functions in (("triton", {}), *AGREEING.items()):
         install(path, **functions)
     torch.manual_seed(0)
     operator = build_operator(name, **SMALL[name])
     before = {k: v.clone() for k, v in operator.state_dict().items()}
     drawn = torch.get_rng_state()
-    expected = {"swa": "flash-attn", "mamba2": "mamba-ssm + causal-conv1d"}
+    expected = {"mha": "Triton", "swa": "Triton", "mamba2": "mamba-ssm + causal-conv1d"}
     text = expected.get(name, "causal-conv1d")
-    if name == "swa" and dtype == torch.float32:
-        text = "PyTorch (flash-attn takes bfloat16 and float16 only)"
+    if dtype == torch.float32 and text == "Triton":
+        takes = "takes bfloat16 and float16 only"
+        text = f"PyTorch (Triton {takes}"
+        text += f"; flash-attn {takes})" if name == "swa" else ")"
     assert lines(operator, dtype) == [f"{name}: {text}"]
     assert torch.equal(torch.get_rng_state(), drawn)
     assert all(torch.equal(v, before[k]) for k, v in operator.state_dict().items())
@@ -329,9 +345,10 @@ def test_each_kind_is_checked_once_wherever_it_is(install, monkeypatch):
         accelerators, "disagreement", lambda op, *a: checked.append(op) or plain(op, *a)
     )
     model = nn.ModuleList([pair, same, shorter]).requires_grad_(False)
-    assert lines(model) == ["hyena_y: causal-conv1d"]
+    said = lines(model)
+    assert said[0].startswith("mha: PyTorch (") and said[1:] == ["hyena_y: causal-conv1d"]
     assert checked == [pair.graft, shorter]
-    assert paths(model) == ["causal-conv1d"] * 3
+    assert paths(model) == ["torch"] + ["causal-conv1d"] * 3
     with torch.inference_mode():
         assert lines(build_operator("hyena_y", **small)) == ["hyena_y: causal-conv1d"]
 

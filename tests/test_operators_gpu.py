@@ -9,9 +9,10 @@ import copy
 
 import pytest
 import torch
+from test_fused_attention import distances
 from test_operators import golden_cases, relative_error, shapes
 
-from models.operators import accelerators, build_operator
+from models.operators import OPERATORS, accelerators, build_operator
 from models.operators import attention as attention_module
 from training.compilation import MODEL_OPTIONS
 
@@ -21,7 +22,7 @@ pytestmark = [
 ]
 CUDA = torch.device("cuda")
 TORCH = ("dense", "blocked", "torch")  # of these, swa has the first two
-PATHS = [("swa", path) for path in ("dense", "blocked", "flex", "flash-attn")]
+PATHS = [("swa", path) for path in ("dense", "blocked", "triton", "flex", "flash-attn")]
 PATHS += [("hyena", path) for path in ("torch", "causal-conv1d")]
 PATHS += [("mamba2", path) for path in ("torch", "causal-conv1d", "mamba-ssm")]
 TF32_ONLY = ("mamba-ssm",)  # their products are not float32's, and loading says so
@@ -72,6 +73,7 @@ def test_golden(golden, monkeypatch, group, path, dtype, tolerance):
 
 
 WIDE = {  # as published, but narrower
+    "mha": {"dim": 128, "num_heads": 8},
     "swa": {"embed_dim": 128, "num_heads": 8},
     "hyena_se": {"d_model": 128},
     "mamba2": {"d_model": 128, "d_state": 64, "headdim": 16},
@@ -82,6 +84,8 @@ WIDE = {  # as published, but narrower
 @pytest.mark.parametrize(
     ("name", "path"),
     [
+        ("mha", "triton"),
+        ("swa", "triton"),
         ("swa", "flex"),
         ("swa", "flash-attn"),
         ("hyena_se", "causal-conv1d"),
@@ -112,6 +116,25 @@ def test_compiled_paths_follow_pytorch(name, path):
     with torch.inference_mode(), torch.autocast("cuda", dtype=torch.bfloat16):
         y = compiled(x.detach()).float()
     assert (y - results["plain"][0]).norm() < 3e-2 * y.norm()
+
+
+@pytest.mark.parametrize("window", [None, (4, 4), (0, 100)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 50, 256, 300])
+@pytest.mark.parametrize("width", [8, 64, 72, 96, 128])
+def test_fused_attention_is_softmax_attention(width, tokens, window):
+    """And the same every time: no sum in it depends on what runs first."""
+    case = (tokens, 3, width, window, None)
+    found = distances(case, torch.bfloat16, "cuda")
+    assert max(found) < 1e-2, found
+    assert found == distances(case, torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize("name", ["mha", "swa"])
+def test_blocks_of_dit_attend_by_triton(name):
+    """The published widths at 256 tokens; a kernel that disagrees would be refused."""
+    operator = build_operator(name, **{OPERATORS[name].width: 1152, "num_heads": 16}).to(CUDA)
+    (line,) = accelerators.accelerate(operator, CUDA, torch.bfloat16, tokens=256)
+    assert line.startswith(f"{name}: Triton"), line
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

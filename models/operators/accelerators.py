@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from models.operators import modulation
-from models.operators.attention import SlidingWindowAttention
+from models.operators.attention import FullAttention, SlidingWindowAttention
 from models.operators.hyena import CausalConv, HyenaSE, HyenaX, HyenaY, MlpHyenaX
 from models.operators.mamba2 import Mamba2
 from models.operators.modulation import Modulated
@@ -39,13 +39,13 @@ BROKEN = (ImportError, OSError, AttributeError, RuntimeError)
 class Kernel:
     """A faster path of one kind of module.
 
-    name: for the log. site: the class whose `path` names it. module: what has to be importable.
+    name: for the log. sites: the classes whose `path` names it. module: what has to be importable.
     distribution: the package, None for PyTorch itself. unfit: of an operator and a precision, why
     it cannot run, or "".
     """
 
     name: str
-    site: type[nn.Module]
+    sites: tuple[type[nn.Module], ...]
     module: str
     distribution: str | None
     unfit: Callable[[nn.Module, torch.dtype], str]
@@ -55,11 +55,18 @@ def _no_dropout(operator: nn.Module, dtype: torch.dtype) -> str:
     return f"has no dropout, here {operator.dropout}" if operator.dropout else ""
 
 
-def _half_precision(operator: nn.Module, dtype: torch.dtype) -> str:
+def _half_precision(operator: nn.Module, dtype: torch.dtype, most: int = 256) -> str:
     if dtype == torch.float32:
         return "takes bfloat16 and float16 only"
-    width = operator.out_proj.in_features // operator.num_heads
-    return f"takes heads of 8, 16 .. 256, not {width}" if width % 8 or width > 256 else ""
+    projection = operator.proj if isinstance(operator, FullAttention) else operator.out_proj
+    width = projection.in_features // operator.num_heads
+    return f"takes heads of 8, 16 .. {most}, not {width}" if width % 8 or width > most else ""
+
+
+def _short_sequences(operator: nn.Module, dtype: torch.dtype) -> str:
+    if isinstance(operator, SlidingWindowAttention) and operator.dropout:
+        return _no_dropout(operator, dtype)
+    return _half_precision(operator, dtype, most=128)
 
 
 def _short_filters(operator: nn.Module, dtype: torch.dtype) -> str:
@@ -75,22 +82,29 @@ def _short_filters(operator: nn.Module, dtype: torch.dtype) -> str:
 
 
 KERNELS = {
+    "triton": Kernel(
+        "Triton", (FullAttention, SlidingWindowAttention), "triton", "triton", _short_sequences
+    ),
     "flash-attn": Kernel(
-        "flash-attn", SlidingWindowAttention, "flash_attn", "flash-attn", _half_precision
+        "flash-attn", (SlidingWindowAttention,), "flash_attn", "flash-attn", _half_precision
     ),
     "flex": Kernel(
         "FlexAttention",
-        SlidingWindowAttention,
+        (SlidingWindowAttention,),
         "torch.nn.attention.flex_attention",
         None,
         _no_dropout,
     ),
     "causal-conv1d": Kernel(
-        "causal-conv1d", CausalConv, "causal_conv1d.cpp_functions", "causal-conv1d", _short_filters
+        "causal-conv1d",
+        (CausalConv,),
+        "causal_conv1d.cpp_functions",
+        "causal-conv1d",
+        _short_filters,
     ),
     "mamba-ssm": Kernel(
         "mamba-ssm",
-        Mamba2,
+        (Mamba2,),
         "mamba_ssm.ops.triton.ssd_combined",
         "mamba-ssm",
         lambda operator, dtype: "",
@@ -100,7 +114,11 @@ KERNELS = {
 # From how many tokens on which kernels are faster than PyTorch, best first: docs/performance.md has
 # the measurements. Kernels of different modules of an operator do not exclude each other.
 PREFERRED: dict[type[nn.Module], tuple[str, tuple[tuple[int, tuple[str, ...]], ...]]] = {
-    SlidingWindowAttention: ("swa", ((0, ("flash-attn",)), (257, ("flash-attn", "flex")))),
+    FullAttention: ("mha", ((0, ("triton",)), (257, ()))),
+    SlidingWindowAttention: (
+        "swa",
+        ((0, ("triton", "flash-attn")), (257, ("flash-attn", "flex"))),
+    ),
     HyenaSE: ("hyena_se", ((0, ("causal-conv1d",)),)),
     HyenaX: ("hyena_x", ((0, ("causal-conv1d",)),)),
     HyenaY: ("hyena_y", ((0, ("causal-conv1d",)),)),
@@ -143,16 +161,16 @@ def _settle(
     refused = [] if wanted else [f"fastest at {tokens} tokens"]
     for path in wanted:
         kernel = KERNELS[path]
-        if kernel.site in taken:
+        if taken.keys() & set(kernel.sites):
             continue
         reason = refusal(operators[0], path, device, dtype, tokens)
         if reason:
             refused.append(f"{kernel.name} {reason}")
             continue
-        taken[kernel.site] = versioned(path)
+        taken |= dict.fromkeys(kernel.sites, versioned(path))
         for operator in operators:
             set_path(operator, path)
-    ran = " + ".join(taken.values()) or "PyTorch"
+    ran = " + ".join(dict.fromkeys(taken.values())) or "PyTorch"
     return f"{name}: {ran}" + (f" ({'; '.join(refused)})" if refused else "")
 
 
@@ -239,13 +257,15 @@ def _distances(some: list[torch.Tensor], exact: list[torch.Tensor]) -> list[floa
 
 def reset(operator: nn.Module) -> None:
     """Every part of `operator` on PyTorch."""
-    for module in _sites(operator, SlidingWindowAttention, CausalConv, Mamba2, Modulated):
+    for module in _sites(
+        operator, FullAttention, SlidingWindowAttention, CausalConv, Mamba2, Modulated
+    ):
         module.path = "torch"
 
 
 def set_path(operator: nn.Module, path: str) -> None:
     """The parts of `operator` that can run on `path`, on that; its other parts stay."""
-    for module in _sites(operator, KERNELS[path].site):
+    for module in _sites(operator, *KERNELS[path].sites):
         module.path = path
 
 

@@ -8,15 +8,33 @@ from timm.models.vision_transformer import Attention
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from models.operators.fused_attention import fused_attention
+
 DENSE_TOKENS = 256  # up to here the T x T mask is cheaper than gathering windows
 QUERY_BLOCK = 64
 FLEX_BLOCK = 128
 
 
-def build_mha(dim: int, num_heads: int, qkv_bias: bool = True) -> Attention:
-    """timm's Attention: [B,T,D] -> [B,T,D]. ValueError when the heads do not divide `dim`."""
+class FullAttention(Attention):
+    """Softmax attention over all tokens, as timm defines it: [B,T,D] -> [B,T,D].
+
+    `path` names what computes it: "torch" or "triton" (accelerators.py chooses).
+    """
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True):
+        super().__init__(dim, num_heads=num_heads, qkv_bias=qkv_bias)
+        self.path = "torch"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.path == "triton":
+            return self.proj(fused_attention(self.qkv(x), self.num_heads))
+        return super().forward(x)
+
+
+def build_mha(dim: int, num_heads: int, qkv_bias: bool = True) -> FullAttention:
+    """`FullAttention`; ValueError when the heads do not divide `dim`."""
     _check_heads("mha", "dim", dim, num_heads)
-    return Attention(dim, num_heads=num_heads, qkv_bias=qkv_bias)
+    return FullAttention(dim, num_heads, qkv_bias)
 
 
 class SlidingWindowAttention(nn.Module):
@@ -26,7 +44,8 @@ class SlidingWindowAttention(nn.Module):
     so the weights of full attention carry over unchanged. `softmax_scale` None means
     1 / sqrt(head width). Takes any number of tokens, in memory linear in it.
 
-    `path` names what computes it: "torch", "flex" or "flash-attn" (accelerators.py chooses).
+    `path` names what computes it: "torch", "triton", "flex" or "flash-attn" (accelerators.py
+    chooses).
     """
 
     def __init__(
@@ -51,8 +70,13 @@ class SlidingWindowAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, T, D = x.shape
-        qkv = self.Wqkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)
-        return self.out_proj(self.attend(qkv).reshape(B, T, D))
+        qkv = self.Wqkv(x)
+        if self.path == "triton":
+            y = fused_attention(qkv, self.num_heads, self.window_size, self.softmax_scale)
+        else:
+            qkv = qkv.view(B, T, 3, self.num_heads, D // self.num_heads)
+            y = self.attend(qkv).reshape(B, T, D)
+        return self.out_proj(y)
 
     def attend(self, qkv: torch.Tensor) -> torch.Tensor:
         """What is between the projections: [B,T,3,heads,d] -> [B,T,heads,d]"""

@@ -1,0 +1,131 @@
+"""Softmax attention in Triton, between the projection that gives queries, keys and values side by
+side and the one that takes what the heads gave, for the short sequences of DiT.
+
+PyTorch's own kernels are made for long ones. At 256 tokens in heads of 72 channels, cuDNN pads the
+heads to 128, launches three kernels for a backward pass, and hands back three gradients that have
+to be copied side by side. Here heads are cut into a power of two and a rest, a backward pass is one
+kernel, in which a program keeps to one head, and it writes the gradients where they belong.
+"""
+
+import math
+
+import torch
+
+LOG2_E = 1 / math.log(2)
+LEAST_DOT = 16  # channels of a product in Triton
+FORWARD = {"QUERIES": 128, "KEYS": 128, "num_warps": 8, "num_stages": 2}
+BACKWARD = {"QUERIES": 64, "KEYS": 128, "num_warps": 8, "num_stages": 2}
+
+
+def fused_attention(
+    qkv: torch.Tensor,
+    heads: int,
+    window: tuple[int, int] | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attention of queries, keys and values that lie side by side, on CUDA in half precision.
+
+    Args:
+        qkv: [B, T, 3 * heads * d]; of a token all queries, then all keys, then all values.
+        window: token i sees tokens i - window[0] .. i + window[1]; None: all.
+        scale: of the products of queries and keys; None: 1 / sqrt(d).
+
+    Returns:
+        [B, T, heads * d]
+    """
+    width = qkv.shape[-1] // (3 * heads)
+    left, right = qkv.shape[1:2] * 2 if window is None else window
+    return _attend(qkv, heads, left, right, width**-0.5 if scale is None else scale)[0]
+
+
+# The kernels as operations of our own: opaque to torch.compile, and with their gradients.
+
+
+@torch.library.custom_op("grafts::attention", mutates_args=())
+def _attend(
+    qkv: torch.Tensor, heads: int, left: int, right: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> [B, T, heads * d]; and float32 [B, heads, T] the logarithms (to base 2) of the sums."""
+    from models.operators import attention_kernels
+
+    qkv = qkv.contiguous()
+    out, sums = _empty_results(qkv, heads)
+    B, T, _ = qkv.shape
+    settings, plan = _settings(qkv, heads, left, right), FORWARD
+    attention_kernels.attention[B * heads, -(-T // plan["QUERIES"])](
+        qkv, out, sums, heads, scale * LOG2_E,
+        TURNS=_turns(settings, plan["QUERIES"], plan["KEYS"]), **settings, **plan,
+    )  # fmt: skip
+    return out, sums
+
+
+@torch.library.custom_op("grafts::attention_backward", mutates_args=())
+def _attend_backward(
+    qkv: torch.Tensor,
+    out: torch.Tensor,
+    sums: torch.Tensor,
+    grad: torch.Tensor,
+    left: int,
+    right: int,
+    scale: float,
+) -> torch.Tensor:
+    """-> gradient of qkv"""
+    from models.operators import attention_kernels
+
+    B, heads, _ = sums.shape
+    dqkv = torch.empty_like(qkv)
+    settings, plan = _settings(qkv, heads, left, right), BACKWARD
+    attention_kernels.attention_backward[(B * heads,)](
+        qkv, out, sums, grad, dqkv, heads, scale * LOG2_E, scale,
+        TURNS=_turns(settings, plan["KEYS"], plan["QUERIES"]), **settings, **plan,
+    )  # fmt: skip
+    return dqkv
+
+
+def _empty_results(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    B, T, width = qkv.shape
+    return qkv.new_empty((B, T, width // 3)), qkv.new_empty((B, heads, T), dtype=torch.float32)
+
+
+@_attend.register_fake
+def _(qkv, heads, left, right, scale):
+    return _empty_results(qkv, heads)
+
+
+@_attend_backward.register_fake
+def _(qkv, out, sums, grad, left, right, scale):
+    return qkv.new_empty(qkv.shape)
+
+
+def _keep(ctx, inputs, output):
+    qkv, _, *ctx.rest = inputs
+    ctx.save_for_backward(qkv.contiguous(), *output)
+
+
+def _backward(ctx, grad, _):
+    return _attend_backward(*ctx.saved_tensors, grad.contiguous(), *ctx.rest), *[None] * 4
+
+
+_attend.register_autograd(_backward, setup_context=_keep)
+
+
+def _settings(qkv: torch.Tensor, heads: int, left: int, right: int) -> dict[str, int]:
+    """What both kernels are compiled for: tokens, their windows, and how a head is cut."""
+    tokens, width = qkv.shape[1], qkv.shape[2] // (3 * heads)
+    main = max(LEAST_DOT, 1 << (width.bit_length() - 1))
+    rest = max(0, width - main)
+    return {
+        "TOKENS": tokens,
+        "LEFT": min(left, tokens),
+        "RIGHT": min(right, tokens),
+        "D": width,
+        "MAIN": main,
+        "TAIL": max(LEAST_DOT, 1 << (rest - 1).bit_length()) if rest else 0,
+    }
+
+
+def _turns(settings: dict[str, int], block: int, step: int) -> int:
+    """How many blocks of `step` tokens, which begin at its multiples, a block of as many as `block`
+    can see, or can be seen by."""
+    touched = block + settings["LEFT"] + settings["RIGHT"] + step - 2
+    return min(touched // step + 1, -(-settings["TOKENS"] // step))

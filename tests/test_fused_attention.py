@@ -1,0 +1,92 @@
+"""models/operators/fused_attention.py: the Triton kernels, run by Triton's interpreter on the CPU,
+which multiplies no bf16; tests/test_operators_gpu.py runs that."""
+
+import pytest
+import torch
+from test_modulation import interpreted
+
+from models.operators import fused_attention as module
+from models.operators.attention import FullAttention, dense_window_attention
+
+# tokens, heads, their width, window, scale, queries and keys of a block
+CASES = [
+    (37, 2, 24, None, None, 16, 16),
+    (64, 1, 72, None, 0.3, 64, 32),
+    (50, 2, 16, (4, 4), None, 16, 16),
+    (64, 2, 24, (3, 9), 0.1, 16, 32),
+    (70, 1, 40, (30, 0), None, 32, 16),
+    (33, 1, 96, (0, 0), None, 16, 16),
+    (1, 1, 8, (5, 5), None, 16, 16),
+    (48, 1, 16, (200, 2), None, 32, 16),
+]
+
+
+def defined(qkv, heads, window, scale):
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    window = window or (qkv.shape[1], qkv.shape[1])
+    return dense_window_attention(q, k, v, window, scale=scale).transpose(1, 2).flatten(2)
+
+
+def distances(case, dtype, device="cpu"):
+    """Of results and gradients from the definition's in float64, over its norms."""
+    tokens, heads, width, window, scale, *_ = case
+    generator = torch.Generator(device).manual_seed(tokens)
+    shape = 2, tokens, 3 * heads * width
+    qkv = torch.randn(shape, device=device, generator=generator).to(dtype).requires_grad_()
+    grad = torch.randn(2, tokens, heads * width, device=device, generator=generator).to(dtype)
+    exact = qkv.detach().double().requires_grad_()
+    expected = defined(exact, heads, window, scale)
+    found = module.fused_attention(qkv, heads, window, scale)
+    assert found.dtype == dtype
+    pairs = (
+        (found, expected),
+        (torch.autograd.grad(found, qkv, grad)[0],
+         torch.autograd.grad(expected, exact, grad.double())[0]),
+    )  # fmt: skip
+    with torch.inference_mode():
+        assert torch.equal(module.fused_attention(qkv, heads, window, scale), found)
+    return [((mine - best).norm() / best.norm()).item() for mine, best in pairs]
+
+
+def check_kernels():
+    for case in CASES:
+        blocks = dict(zip(("QUERIES", "KEYS"), case[-2:], strict=True))
+        module.FORWARD |= blocks
+        module.BACKWARD |= blocks
+        for dtype, tolerance in ((torch.float32, 2e-6), (torch.float16, 1e-3)):
+            found = distances(case, dtype)
+            assert max(found) < tolerance, (case, dtype, found)
+
+
+def test_kernels_agree_with_the_definition():
+    """Forward and backward, over blocks that tokens do not fill, windows and rests of heads."""
+    interpreted("import sys; sys.path.insert(0, 'tests'); "
+                "import test_fused_attention as t; t.check_kernels()")  # fmt: skip
+
+
+@pytest.mark.parametrize(("block", "step"), [(16, 16), (16, 64), (64, 16), (48, 32)])
+@pytest.mark.parametrize(("left", "right"), [(0, 0), (4, 4), (1, 30), (90, 0), (200, 200)])
+def test_turns_reach_all_that_a_block_sees(block, step, left, right):
+    tokens = 200
+    settings = {"TOKENS": tokens, "LEFT": left, "RIGHT": right}
+    turns = module._turns(settings, block, step)
+    needed = []
+    for begin in range(0, tokens, block):
+        low = max(begin - left, 0) // step * step
+        high = min(begin + block - 1 + right, tokens - 1)
+        needed.append(high // step - low // step + 1)
+    assert max(needed) <= turns <= -(-tokens // step)
+
+
+def test_attention_of_a_block_hands_its_products_on(monkeypatch):
+    monkeypatch.setattr("models.operators.attention.fused_attention", defined_whole)
+    torch.manual_seed(0)
+    attention = FullAttention(48, 4)
+    x = torch.randn(2, 9, 48)
+    expected = attention(x)
+    attention.path = "triton"
+    torch.testing.assert_close(attention(x), expected)
+
+
+def defined_whole(qkv, heads):
+    return defined(qkv, heads, None, None)
