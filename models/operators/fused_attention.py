@@ -3,8 +3,8 @@ side and the one that takes what the heads gave, for the short sequences of DiT.
 
 PyTorch's own kernels are made for long ones. At 256 tokens in heads of 72 channels, cuDNN pads the
 heads to 128, launches three kernels for a backward pass, and hands back three gradients that have
-to be copied side by side. Here heads are cut into a power of two and a rest, a backward pass is one
-kernel, in which a program keeps to one head, and it writes the gradients where they belong.
+to be copied side by side. Here heads are cut into a power of two and a rest, and a backward pass is
+two kernels, which write the gradients where they belong.
 """
 
 import math
@@ -13,8 +13,15 @@ import torch
 
 LOG2_E = 1 / math.log(2)
 LEAST_DOT = 16  # channels of a product in Triton
-FORWARD = {"QUERIES": 128, "KEYS": 128, "num_warps": 8, "num_stages": 2}
-BACKWARD = {"QUERIES": 64, "KEYS": 128, "num_warps": 8, "num_stages": 2}
+
+# Tokens of a block, by kernel, and how Triton compiles it: where queries see most keys, and where
+# they see a few beside them. With one stage Triton 3.6 writes to shared memory that a product is
+# still reading.
+PLANS = {
+    "attention": ((64, 64, 4, 3), (64, 16, 4, 3)),
+    "backward_queries": ((64, 64, 4, 2), (64, 16, 4, 3)),
+    "backward_keys": ((64, 64, 4, 3), (16, 64, 4, 3)),
+}
 
 
 def fused_attention(
@@ -51,8 +58,8 @@ def _attend(
     qkv = qkv.contiguous()
     out, sums = _empty_results(qkv, heads)
     B, T, _ = qkv.shape
-    settings, plan = _settings(qkv, heads, left, right), FORWARD
-    attention_kernels.attention[B * heads, -(-T // plan["QUERIES"])](
+    settings, plan = _settings(qkv, heads, left, right), _plan("attention", left, right, T)
+    attention_kernels.attention[(B * heads * -(-T // plan["QUERIES"]),)](
         qkv, out, sums, heads, scale * LOG2_E,
         TURNS=_turns(settings, plan["QUERIES"], plan["KEYS"]), **settings, **plan,
     )  # fmt: skip
@@ -72,11 +79,18 @@ def _attend_backward(
     """-> gradient of qkv"""
     from models.operators import attention_kernels
 
-    B, heads, _ = sums.shape
-    dqkv = torch.empty_like(qkv)
-    settings, plan = _settings(qkv, heads, left, right), BACKWARD
-    attention_kernels.attention_backward[(B * heads,)](
-        qkv, out, sums, grad, dqkv, heads, scale * LOG2_E, scale,
+    B, heads, T = sums.shape
+    dqkv, shares = torch.empty_like(qkv), torch.empty_like(sums)
+    settings = _settings(qkv, heads, left, right)
+    rest = heads, scale * LOG2_E, scale
+    plan = _plan("backward_queries", left, right, T)
+    attention_kernels.backward_queries[(B * heads * -(-T // plan["QUERIES"]),)](
+        qkv, out, sums, grad, dqkv, shares, *rest,
+        TURNS=_turns(settings, plan["QUERIES"], plan["KEYS"]), **settings, **plan,
+    )  # fmt: skip
+    plan = _plan("backward_keys", left, right, T)
+    attention_kernels.backward_keys[(B * heads * -(-T // plan["KEYS"]),)](
+        qkv, sums, grad, dqkv, shares, *rest,
         TURNS=_turns(settings, plan["KEYS"], plan["QUERIES"]), **settings, **plan,
     )  # fmt: skip
     return dqkv
@@ -107,6 +121,11 @@ def _backward(ctx, grad, _):
 
 
 _attend.register_autograd(_backward, setup_context=_keep)
+
+
+def _plan(kernel: str, left: int, right: int, tokens: int) -> dict[str, int]:
+    queries, keys, warps, stages = PLANS[kernel][left + right < tokens // 4]
+    return {"QUERIES": queries, "KEYS": keys, "num_warps": warps, "num_stages": stages}
 
 
 def _settings(qkv: torch.Tensor, heads: int, left: int, right: int) -> dict[str, int]:
