@@ -18,8 +18,8 @@ LEAST_DOT = 16  # channels of a product in Triton
 # they see a few beside them. With one stage Triton 3.6 writes to shared memory that a product is
 # still reading.
 PLANS = {
-    "attention": ((64, 64, 4, 3), (64, 16, 4, 3)),
-    "backward_queries": ((64, 64, 4, 2), (64, 16, 4, 3)),
+    "attention": ((64, 64, 4, 2), (64, 16, 4, 4)),
+    "backward_queries": ((64, 32, 4, 2), (64, 16, 4, 3)),
     "backward_keys": ((64, 64, 4, 3), (16, 64, 4, 3)),
 }
 
