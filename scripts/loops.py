@@ -1,9 +1,10 @@
 """What benchmark.py times: steps made of this repository's parts, and the style they replace.
 
 The published style stands for public DiT training and sampling code, in our own writing: eager
-modules under autocast, AdamW by PyTorch's default, an average updated parameter by parameter, the
-loss read back every step, images through the VAE one at a time. It shares our arithmetic of the
-diffusion, which uploads no coefficients; that makes it faster than what it stands for.
+modules under autocast, AdamW by PyTorch's default, DistributedDataParallel, an average updated
+parameter by parameter, the loss read back every step, images through the VAE one at a time. It
+shares our arithmetic of the diffusion, which uploads no coefficients; that makes it faster than
+what it stands for.
 
 Not a command.
 """
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from diffusion import create_diffusion, noise
 from diffusion.gaussian import reverse_update
@@ -88,7 +90,7 @@ def published_training(setting: Setting, selection: bool) -> Step:
     """A training step in the published style."""
     device, B = setting.world.device, setting.batch
     net, gates = trainable(setting, selection)
-    wrapped = distributed.wrap(setting.world, net)
+    wrapped = net if setting.world.size == 1 else DistributedDataParallel(net)
     diffusion = create_diffusion("")
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-4)
     average = {name: p.detach().clone() for name, p in net.named_parameters()}

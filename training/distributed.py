@@ -22,8 +22,8 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
+from training.averaging import Averaged
 from training.preemption import PREEMPTED, SIGNALS, ParentWatch, Preempted, StopSignals
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -32,7 +32,6 @@ T = TypeVar("T")
 
 PREFLIGHT_SECONDS = 300.0  # in which all processes of a run must have found each other
 SIGNAL_SECONDS = 2.0  # that a signal may wait there for the main thread
-BUCKET_MB = 100  # of gradients that are exchanged together: about a block of DiT-XL/2
 LOST_MINUTES = 30.0  # after which a process that waits for another ends
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -221,18 +220,11 @@ def wrap(
     """
     if world.size == 1:
         return module
-    ids = [world.device.index] if world.device.type == "cuda" else None
     # gradients are added up on the stream that is current now
     if stream is not None:
         stream.wait_stream(torch.cuda.current_stream())
     with nullcontext() if stream is None else torch.cuda.stream(stream):
-        wrapped = DistributedDataParallel(
-            module,
-            device_ids=ids,
-            bucket_cap_mb=BUCKET_MB,
-            gradient_as_bucket_view=True,
-            broadcast_buffers=False,
-        )
+        wrapped = Averaged(module, world.device)
     if stream is not None:
         torch.cuda.current_stream().wait_stream(stream)
     _wrapped.append(weakref.ref(wrapped))
@@ -251,10 +243,10 @@ def micro_batches(net: torch.nn.Module, inputs: dict, number: int) -> Iterator[d
     names = [name for name in inputs if name not in whole]
     cut = [inputs[name].chunk(number) for name in names]
     parts = [whole | dict(zip(names, pieces, strict=True)) for pieces in zip(*cut, strict=True)]
-    wrapped = isinstance(net, DistributedDataParallel)
-    with net.no_sync() if wrapped else nullcontext():
-        yield from parts[:-1]
-    yield parts[-1]
+    for i, part in enumerate(parts, 1):
+        if isinstance(net, Averaged):
+            net.exchanges = i == len(parts)
+        yield part
 
 
 def decide(world: World, choose: Callable[[], T]) -> T:
