@@ -31,7 +31,7 @@ from models.operators.accelerators import accelerate
 from models.recompute import recompute
 from models.selection import GatedDiT, LayerGates, settle
 from training import distributed, precision
-from training.compilation import capture_stream, compile_functions, compile_models, graphed
+from training.compilation import compile_functions, compile_models, graphed
 from training.distributed import World
 from training.draws import draw
 from training.ema import Ema
@@ -139,7 +139,7 @@ def training(setting: Setting, selection: bool) -> Step:
         grad_accum=1, grad_checkpoint=setting.grad_checkpoint, exchange=setting.exchange
     )
     working, _ = with_copies(world, net, setting.dtype, guard, flags)
-    wrapped = distributed.wrap(world, working, capture_stream(world, setting.compile))
+    wrapped = distributed.wrap(world, working)
     diffusion = create_diffusion("")
     moments = torch.randn(B, 2, 8, *store.shape[1:], device=device).half()
     index = torch.arange(B, device=device)

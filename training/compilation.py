@@ -69,11 +69,6 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def capture_stream(world: World, flag: bool) -> torch.cuda.Stream | None:
-    """Where steps are captured, and must have run before; None where nothing is."""
-    return _stream(world.device) if _wanted(world, flag) else None
-
-
 class Graphed:
     """A function of tensors that runs as one CUDA graph after some calls.
 

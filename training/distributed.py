@@ -14,7 +14,7 @@ import traceback
 import weakref
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -211,22 +211,11 @@ def gather_objects(world: World, value: object) -> list:
     return values
 
 
-def wrap(
-    world: World, module: torch.nn.Module, stream: torch.cuda.Stream | None = None
-) -> torch.nn.Module:
-    """`module`, with gradients averaged over all processes when there are several.
-
-    stream: where its steps run, if not on CUDA's current one.
-    """
+def wrap(world: World, module: torch.nn.Module) -> torch.nn.Module:
+    """`module`, with gradients averaged over all processes when there are several."""
     if world.size == 1:
         return module
-    # gradients are added up on the stream that is current now
-    if stream is not None:
-        stream.wait_stream(torch.cuda.current_stream())
-    with nullcontext() if stream is None else torch.cuda.stream(stream):
-        wrapped = Averaged(module, world.device)
-    if stream is not None:
-        torch.cuda.current_stream().wait_stream(stream)
+    wrapped = Averaged(module, world.device)
     _wrapped.append(weakref.ref(wrapped))
     return wrapped
 
