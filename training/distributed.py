@@ -1,7 +1,6 @@
 """One process or many: the same calls with and without torchrun, on CPU (gloo) and CUDA (nccl)."""
 
 import errno
-import gc
 import os
 import re
 import select
@@ -11,7 +10,6 @@ import sys
 import threading
 import time
 import traceback
-import weakref
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -36,8 +34,6 @@ LOST_MINUTES = 30.0  # after which a process that waits for another ends
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
-_left: list[dist.ProcessGroup] = []  # see `stop` and `_free_groups`
-_wrapped: list[weakref.ref] = []  # modules that hold a process group
 _graphs: list[torch.cuda.CUDAGraph] = []  # in which the processes meet, see `ends_with`
 _lent = ExitStack()  # see `at_end`
 
@@ -173,20 +169,7 @@ def stop() -> None:
         torch.cuda.synchronize()
         _graphs.pop().reset()
     if dist.is_initialized():
-        # Freed with the last wrapped module, gloo's group waits, holding Python's lock, for threads
-        # that may need that very lock: rarely, a process hung on its way out.
-        _left.append(dist.group.WORLD)
         dist.destroy_process_group()
-
-
-def _free_groups() -> None:
-    """Ends gloo's threads before Python does, when none of the modules that hold them is left.
-
-    A thread that asks for Python's lock once Python is ending takes the process down with it.
-    """
-    gc.collect()
-    if not any(module() is not None for module in _wrapped):
-        _left[:] = [group for group in _left if group.name() != "gloo"]
 
 
 def barrier(world: World) -> None:
@@ -215,9 +198,7 @@ def wrap(world: World, module: torch.nn.Module) -> torch.nn.Module:
     """`module`, with gradients averaged over all processes when there are several."""
     if world.size == 1:
         return module
-    wrapped = Averaged(module, world.device)
-    _wrapped.append(weakref.ref(wrapped))
-    return wrapped
+    return Averaged(module, world.device)
 
 
 def micro_batches(net: torch.nn.Module, inputs: dict, number: int) -> Iterator[dict]:
@@ -284,7 +265,6 @@ def _run(main: Callable[[Namespace], None], args: Namespace, signals: StopSignal
         finally:
             stopped_here = signals.noted
             signals.at_once = False  # the end, whatever it is, is not disturbed
-        _free_groups()
         sys.stdout.flush()
     except KeyboardInterrupt:
         if rank == 0:
