@@ -34,7 +34,7 @@ from models.operators.accelerators import accelerate
 from models.plan import find_file, plan_from_flags, write_plan
 from models.provenance import environment
 from training import arguments, checkpoint, distributed, nonfinite, precision
-from training.compilation import capture_stream, compile_functions, compile_models, graphed
+from training.compilation import compile_functions, compile_models, graphed
 from training.distillation import (
     LOSSES,
     Best,
@@ -144,7 +144,7 @@ def main(args: argparse.Namespace) -> None:
         del resumed
     latents, draws_of = compile_functions(world, args.compile, store.latents, draw)
     compile_models(world, args.compile, teacher, students)
-    net = distributed.wrap(world, students, capture_stream(world, args.compile))
+    net = distributed.wrap(world, students)
     diffusion = create_diffusion("")
 
     def inputs_of(moments, index, labels, epoch, class_dropout):

@@ -35,7 +35,7 @@ from models.operators.accelerators import accelerate
 from models.plan import plan_from_flags, write_plan
 from models.recompute import recompute
 from training import arguments, checkpoint, distributed, nonfinite, precision
-from training.compilation import capture_stream, compile_functions, compile_models, graphed
+from training.compilation import compile_functions, compile_models, graphed
 from training.draws import draw
 from training.ema import Ema
 from training.knowledge import WithHidden, distilled_losses, pretrained
@@ -146,7 +146,7 @@ def main(args: argparse.Namespace) -> None:
     working, lines = with_copies(world, learner, dtype, guard, args)
     for line in lines:
         log.info(line)
-    net = distributed.wrap(world, working, capture_stream(world, args.compile))
+    net = distributed.wrap(world, working)
     diffusion = create_diffusion("")
 
     def inputs_of(batch):

@@ -38,7 +38,7 @@ from models.provenance import environment
 from models.recompute import recompute
 from models.selection import GatedDiT, LayerGates, settle, summary
 from training import arguments, checkpoint, distributed, nonfinite, precision
-from training.compilation import capture_stream, compile_functions, compile_models, graphed
+from training.compilation import compile_functions, compile_models, graphed
 from training.draws import draw
 from training.ema import Ema
 from training.lora import add_lora
@@ -159,7 +159,7 @@ def main(args: argparse.Namespace) -> None:
     working, lines = with_copies(world, gated, dtype, guard, args)
     for line in lines:
         log.info(line)
-    net = distributed.wrap(world, working, capture_stream(world, args.compile))
+    net = distributed.wrap(world, working)
     diffusion = create_diffusion("")
     options = sum(o.shape[0] for o in gates.options)
 

@@ -50,7 +50,7 @@ from models.operators.accelerators import KERNELS
 from models.plan import load_plan, plan_from_flags
 from scripts import kernel_times, loops
 from training import arguments, distributed, precision
-from training.compilation import MODEL_OPTIONS, WARM_TOGETHER, compile_models, graphed
+from training.compilation import MODEL_OPTIONS, WARM, compile_models, graphed
 from training.distillation import Steps, Students, Teacher
 from training.optimizer import StepGuard, adamw
 
@@ -297,7 +297,7 @@ def side_by_side(
 
 def warm(once: Callable[[], None], device: torch.device) -> None:
     """Runs a step until nothing is compiled or captured any more."""
-    for _ in range(WARM_TOGETHER + 1 if device.type == "cuda" else 1):
+    for _ in range(WARM + 1 if device.type == "cuda" else 1):
         once()
 
 

@@ -1,9 +1,10 @@
 """What benchmark.py times: steps made of this repository's parts, and the style they replace.
 
 The published style stands for public DiT training and sampling code, in our own writing: eager
-modules under autocast, AdamW by PyTorch's default, an average updated parameter by parameter, the
-loss read back every step, images through the VAE one at a time. It shares our arithmetic of the
-diffusion, which uploads no coefficients; that makes it faster than what it stands for.
+modules under autocast, AdamW by PyTorch's default, DistributedDataParallel, an average updated
+parameter by parameter, the loss read back every step, images through the VAE one at a time. It
+shares our arithmetic of the diffusion, which uploads no coefficients; that makes it faster than
+what it stands for.
 
 Not a command.
 """
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from diffusion import create_diffusion, noise
 from diffusion.gaussian import reverse_update
@@ -29,7 +31,7 @@ from models.operators.accelerators import accelerate
 from models.recompute import recompute
 from models.selection import GatedDiT, LayerGates, settle
 from training import distributed, precision
-from training.compilation import capture_stream, compile_functions, compile_models, graphed
+from training.compilation import compile_functions, compile_models, graphed
 from training.distributed import World
 from training.draws import draw
 from training.ema import Ema
@@ -88,7 +90,7 @@ def published_training(setting: Setting, selection: bool) -> Step:
     """A training step in the published style."""
     device, B = setting.world.device, setting.batch
     net, gates = trainable(setting, selection)
-    wrapped = distributed.wrap(setting.world, net)
+    wrapped = net if setting.world.size == 1 else DistributedDataParallel(net)
     diffusion = create_diffusion("")
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-4)
     average = {name: p.detach().clone() for name, p in net.named_parameters()}
@@ -137,7 +139,7 @@ def training(setting: Setting, selection: bool) -> Step:
         grad_accum=1, grad_checkpoint=setting.grad_checkpoint, exchange=setting.exchange
     )
     working, _ = with_copies(world, net, setting.dtype, guard, flags)
-    wrapped = distributed.wrap(world, working, capture_stream(world, setting.compile))
+    wrapped = distributed.wrap(world, working)
     diffusion = create_diffusion("")
     moments = torch.randn(B, 2, 8, *store.shape[1:], device=device).half()
     index = torch.arange(B, device=device)

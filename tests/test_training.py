@@ -19,7 +19,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from diffusion import create_diffusion, noise
 from latents.loader import LatentLoader
@@ -27,6 +26,7 @@ from latents.store import open_latents
 from models.dit import DiT
 from models.plan import GraftPlan
 from training import arguments, checkpoint, distributed, nonfinite, precision
+from training.averaging import Averaged
 from training.draws import draw
 from training.ema import Ema
 from training.lora import add_lora, merge_lora
@@ -689,16 +689,14 @@ def test_a_process_takes_the_gpu_of_its_place_on_its_node(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setattr(distributed, "_meet", lambda *_: None)
-    monkeypatch.setattr(
-        distributed, "DistributedDataParallel", lambda m, **options: wrapped.append(options) or m
-    )
+    monkeypatch.setattr(distributed, "Averaged", lambda m, device: wrapped.append(device) or m)
     for name, value in (("RANK", "6"), ("LOCAL_RANK", "2"), ("WORLD_SIZE", "8")):
         monkeypatch.setenv(name, value)
     world = distributed.start()
     assert (world.rank, world.device, taken) == (6, torch.device("cuda:2"), [world.device])
     assert not world.main
     distributed.wrap(world, torch.nn.Linear(1, 1))
-    assert wrapped[0]["device_ids"] == [2]
+    assert wrapped == [world.device]
     with pytest.raises(ValueError, match="cuda:1 names one GPU but torchrun started 8"):
         distributed.start("cuda:1")
     monkeypatch.setenv("LOCAL_RANK", "4")
@@ -719,17 +717,17 @@ def test_precision_and_optimizer_are_the_fast_ones():
 
 
 def test_parts_of_a_batch_reduce_gradients_once():
-    class Net(DistributedDataParallel):
+    class Net(Averaged):
         def __init__(self):
             torch.nn.Module.__init__(self)
-            self.require_backward_grad_sync = True
+            self.exchanges = True
 
     x = torch.arange(6)
     inputs = {"x": x, "tau": torch.tensor(4.0), "y": x[:, None] * 3}
     net, seen = Net(), []
     for part in distributed.micro_batches(net, inputs, 3):
         assert part["tau"] == 4 and torch.equal(part["y"][:, 0], part["x"] * 3)
-        seen.append((part["x"].tolist(), net.require_backward_grad_sync))
+        seen.append((part["x"].tolist(), net.exchanges))
     assert seen == [([0, 1], False), ([2, 3], False), ([4, 5], True)]
     assert len(list(distributed.micro_batches(torch.nn.Linear(1, 1), inputs, 6))) == 6
     with pytest.raises(

@@ -33,9 +33,9 @@ FUNCTION_OPTIONS = {"constant_and_index_propagation": False}
 # one more is an error, as PyTorch would then run it eagerly without a word.
 KINDS = 256
 
-# Calls before a graph is captured. With several processes DistributedDataParallel arranges its
-# buckets anew after the first call, and times the first ten, for which it waits on the device.
-WARM, WARM_TOGETHER = 3, 12
+# Calls before a graph is captured. The first compiles, and with several processes settles in which
+# order they exchange gradients; in the next NCCL meets the sizes that the graph will hold.
+WARM = 3
 LOOK_SECONDS = 10.0
 
 
@@ -69,11 +69,6 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def capture_stream(world: World, flag: bool) -> torch.cuda.Stream | None:
-    """Where steps are captured, and must have run before; None where nothing is."""
-    return _stream(world.device) if _wanted(world, flag) else None
-
-
 class Graphed:
     """A function of tensors that runs as one CUDA graph after some calls.
 
@@ -86,7 +81,7 @@ class Graphed:
     def __init__(self, function: Callable, world: World, meets: bool):
         self.function, self.device = function, world.device
         self.limit = Limit(world) if meets else None
-        self.left = WARM_TOGETHER if meets else WARM
+        self.left = WARM
         self.stream = _stream(world.device)
         self.inputs: dict | None = None  # where the graph reads; the calls before it too, so that
         self.graph: torch.cuda.CUDAGraph | None = None  # capturing finds nothing left to compile

@@ -1,7 +1,6 @@
 """One process or many: the same calls with and without torchrun, on CPU (gloo) and CUDA (nccl)."""
 
 import errno
-import gc
 import os
 import re
 import select
@@ -11,10 +10,9 @@ import sys
 import threading
 import time
 import traceback
-import weakref
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,8 +20,8 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
+from training.averaging import Averaged
 from training.preemption import PREEMPTED, SIGNALS, ParentWatch, Preempted, StopSignals
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -32,13 +30,10 @@ T = TypeVar("T")
 
 PREFLIGHT_SECONDS = 300.0  # in which all processes of a run must have found each other
 SIGNAL_SECONDS = 2.0  # that a signal may wait there for the main thread
-BUCKET_MB = 100  # of gradients that are exchanged together: about a block of DiT-XL/2
 LOST_MINUTES = 30.0  # after which a process that waits for another ends
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
-_left: list[dist.ProcessGroup] = []  # see `stop` and `_free_groups`
-_wrapped: list[weakref.ref] = []  # modules that hold a process group
 _graphs: list[torch.cuda.CUDAGraph] = []  # in which the processes meet, see `ends_with`
 _lent = ExitStack()  # see `at_end`
 
@@ -174,20 +169,7 @@ def stop() -> None:
         torch.cuda.synchronize()
         _graphs.pop().reset()
     if dist.is_initialized():
-        # Freed with the last wrapped module, gloo's group waits, holding Python's lock, for threads
-        # that may need that very lock: rarely, a process hung on its way out.
-        _left.append(dist.group.WORLD)
         dist.destroy_process_group()
-
-
-def _free_groups() -> None:
-    """Ends gloo's threads before Python does, when none of the modules that hold them is left.
-
-    A thread that asks for Python's lock once Python is ending takes the process down with it.
-    """
-    gc.collect()
-    if not any(module() is not None for module in _wrapped):
-        _left[:] = [group for group in _left if group.name() != "gloo"]
 
 
 def barrier(world: World) -> None:
@@ -212,31 +194,11 @@ def gather_objects(world: World, value: object) -> list:
     return values
 
 
-def wrap(
-    world: World, module: torch.nn.Module, stream: torch.cuda.Stream | None = None
-) -> torch.nn.Module:
-    """`module`, with gradients averaged over all processes when there are several.
-
-    stream: where its steps run, if not on CUDA's current one.
-    """
+def wrap(world: World, module: torch.nn.Module) -> torch.nn.Module:
+    """`module`, with gradients averaged over all processes when there are several."""
     if world.size == 1:
         return module
-    ids = [world.device.index] if world.device.type == "cuda" else None
-    # gradients are added up on the stream that is current now
-    if stream is not None:
-        stream.wait_stream(torch.cuda.current_stream())
-    with nullcontext() if stream is None else torch.cuda.stream(stream):
-        wrapped = DistributedDataParallel(
-            module,
-            device_ids=ids,
-            bucket_cap_mb=BUCKET_MB,
-            gradient_as_bucket_view=True,
-            broadcast_buffers=False,
-        )
-    if stream is not None:
-        torch.cuda.current_stream().wait_stream(stream)
-    _wrapped.append(weakref.ref(wrapped))
-    return wrapped
+    return Averaged(module, world.device)
 
 
 def micro_batches(net: torch.nn.Module, inputs: dict, number: int) -> Iterator[dict]:
@@ -251,10 +213,10 @@ def micro_batches(net: torch.nn.Module, inputs: dict, number: int) -> Iterator[d
     names = [name for name in inputs if name not in whole]
     cut = [inputs[name].chunk(number) for name in names]
     parts = [whole | dict(zip(names, pieces, strict=True)) for pieces in zip(*cut, strict=True)]
-    wrapped = isinstance(net, DistributedDataParallel)
-    with net.no_sync() if wrapped else nullcontext():
-        yield from parts[:-1]
-    yield parts[-1]
+    for i, part in enumerate(parts, 1):
+        if isinstance(net, Averaged):
+            net.exchanges = i == len(parts)
+        yield part
 
 
 def decide(world: World, choose: Callable[[], T]) -> T:
@@ -303,7 +265,6 @@ def _run(main: Callable[[Namespace], None], args: Namespace, signals: StopSignal
         finally:
             stopped_here = signals.noted
             signals.at_once = False  # the end, whatever it is, is not disturbed
-        _free_groups()
         sys.stdout.flush()
     except KeyboardInterrupt:
         if rank == 0:

@@ -12,7 +12,7 @@ class Ema:
     """avg <- decay * avg + (1 - decay) * parameter, after each step, in float32.
 
     Args:
-        model: the module whose parameters with `requires_grad` are averaged (unwrapped: no DDP).
+        model: the module whose parameters with `requires_grad` are averaged (not `wrap`ped).
         decay: 0..1; 0.9999 keeps about the last 10 000 steps.
     """
 
