@@ -5,6 +5,7 @@ import pytest
 import torch
 from test_modulation import interpreted
 
+from models.operators import attention as attention_module
 from models.operators import fused_attention as module
 from models.operators.attention import FullAttention, dense_window_attention
 
@@ -76,15 +77,22 @@ def test_turns_reach_all_that_a_block_sees(block, step, left, right):
     assert max(needed) <= turns <= -(-tokens // step)
 
 
-def test_attention_of_a_block_hands_its_products_on(monkeypatch):
-    monkeypatch.setattr("models.operators.attention.fused_attention", defined_whole)
+def test_attention_of_a_block_is_triton_s_where_that_is_faster(monkeypatch):
+    seen = []
+
+    def fused(qkv, heads):
+        seen.append(len(qkv))
+        return defined(qkv, heads, None, None)
+
+    monkeypatch.setattr(attention_module, "fused_attention", fused)
     torch.manual_seed(0)
     attention = FullAttention(48, 4)
-    x = torch.randn(2, 9, 48)
+    x = torch.randn(attention_module.MANY, 9, 48)
     expected = attention(x)
+    assert not seen
     attention.path = "triton"
     torch.testing.assert_close(attention(x), expected)
-
-
-def defined_whole(qkv, heads):
-    return defined(qkv, heads, None, None)
+    with torch.inference_mode():
+        torch.testing.assert_close(attention(x), expected)
+        torch.testing.assert_close(attention(x[1:]), expected[1:])
+    assert seen == [len(x), len(x) - 1]

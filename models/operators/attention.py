@@ -13,6 +13,7 @@ from models.operators.fused_attention import fused_attention
 DENSE_TOKENS = 256  # up to here the T x T mask is cheaper than gathering windows
 QUERY_BLOCK = 64
 FLEX_BLOCK = 128
+MANY = 32  # sequences from which PyTorch is the faster one where there is no backward pass
 
 
 class FullAttention(Attention):
@@ -26,7 +27,7 @@ class FullAttention(Attention):
         self.path = "torch"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.path == "triton":
+        if self.path == "triton" and (torch.is_grad_enabled() or len(x) < MANY):
             return self.proj(fused_attention(self.qkv(x), self.num_heads))
         return super().forward(x)
 
