@@ -10,11 +10,11 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Mlp, PatchEmbed
+from timm.models.vision_transformer import PatchEmbed
 from torch import nn
 
 from models.operators.attention import FullAttention
-from models.operators.mlp import TanhGelu
+from models.operators.mlp import GeluMlp
 from models.operators.modulation import (
     Addend,
     Modulated,
@@ -152,7 +152,7 @@ class DiTBlock(Modulated):
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__(hidden_size)
         self.attn = FullAttention(hidden_size, num_heads)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=TanhGelu)
+        self.mlp = GeluMlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(

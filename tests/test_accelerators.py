@@ -25,6 +25,7 @@ from models.operators.attention import (
 )
 from models.operators.hyena import CausalConv
 from models.operators.mamba2 import Mamba2, chunked_scan
+from models.operators.mlp import GeluMlp
 from models.selection import GraftPair
 from training import arguments
 
@@ -96,7 +97,8 @@ def flash_attn_qkvpacked_func(qkv, dropout_p, softmax_scale, window_size):
     return y.transpose(1, 2)
 
 
-def fused_attention(qkv, heads, window=None, scale=None):
+def fused_attention(qkv, heads, window=None, scale=None, bias=None):
+    qkv = qkv if bias is None else qkv + (bias - bias.detach())
     qkv = qkv.unflatten(-1, (3, heads, -1))
     window = window or (qkv.shape[1], qkv.shape[1])
     return flash_attn_qkvpacked_func(qkv, 0.0, scale, window).flatten(2)
@@ -157,7 +159,7 @@ def lines(model, dtype=torch.float32, tokens=10, **options):
 
 
 def paths(model):
-    kinds = (FullAttention, SlidingWindowAttention, CausalConv, Mamba2)
+    kinds = (FullAttention, SlidingWindowAttention, GeluMlp, CausalConv, Mamba2)
     return [m.path for m in model.modules() if isinstance(m, kinds)]
 
 
@@ -172,11 +174,11 @@ def test_on_the_cpu_pytorch_runs_and_nothing_is_imported(monkeypatch):
     model = nn.ModuleList(build_operator(name, **SMALL[name]) for name in OPERATORS)
     accelerators.set_path(model, "flash-attn")
     assert lines(model) == ["operators: PyTorch (on the CPU)"]
-    assert paths(model) == ["torch"] * 9
+    assert paths(model) == ["torch"] * 10
     cuda = torch.device("cuda")
     torchs = accelerators.accelerate(model, cuda, torch.bfloat16, 10, "torch")
     assert torchs == ["operators: PyTorch (as --kernels says)"]
-    assert lines(build_operator("mlp", **SMALL["mlp"])) == []
+    assert lines(nn.Linear(2, 2)) == []
 
 
 def test_what_is_missing_or_broken_is_named(install, monkeypatch, tmp_path):

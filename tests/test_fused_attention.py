@@ -29,29 +29,35 @@ def defined(qkv, heads, window, scale):
 
 
 def distances(case, dtype, device="cpu"):
-    """Of results and gradients from the definition's in float64, over its norms."""
+    """Of results, gradients and bias gradients from the definition's in float64, over its norms."""
     tokens, heads, width, window, scale, *_ = case
     generator = torch.Generator(device).manual_seed(tokens)
-    shape = 2, tokens, 3 * heads * width
-    qkv = torch.randn(shape, device=device, generator=generator).to(dtype).requires_grad_()
-    grad = torch.randn(2, tokens, heads * width, device=device, generator=generator).to(dtype)
-    exact = qkv.detach().double().requires_grad_()
+
+    def draw(*shape):
+        return torch.randn(shape, device=device, generator=generator).to(dtype)
+
+    qkv, bias = draw(2, tokens, 3 * heads * width), draw(3 * heads * width)
+    grad = draw(2, tokens, heads * width)
+    exact = qkv.double().requires_grad_()
     expected = defined(exact, heads, window, scale)
-    found = module.fused_attention(qkv, heads, window, scale)
-    assert found.dtype == dtype
-    pairs = (
-        (found, expected),
-        (torch.autograd.grad(found, qkv, grad)[0],
-         torch.autograd.grad(expected, exact, grad.double())[0]),
-    )  # fmt: skip
+    (best,) = torch.autograd.grad(expected, exact, grad.double())
+    inputs = qkv.requires_grad_(), bias.requires_grad_()
+    found = module.fused_attention(qkv, heads, window, scale, bias)
+    mine = torch.autograd.grad(found, inputs, grad)
+    alone = module.fused_attention(qkv, heads, window, scale)
+    assert torch.equal(torch.autograd.grad(alone, qkv, grad)[0], mine[0])
+    assert all(t.dtype == dtype for t in (found, *mine))
     with torch.inference_mode():
         assert torch.equal(module.fused_attention(qkv, heads, window, scale), found)
-    return [((mine - best).norm() / best.norm()).item() for mine, best in pairs]
+    pairs = zip((found, *mine), (expected, best, best.sum((0, 1))), strict=True)
+    return [((some - right).norm() / right.norm()).item() for some, right in pairs]
 
 
 def check_kernels():
     for case in CASES:
-        module.PLANS = dict.fromkeys(module.PLANS, ((*case[-2:], 4, 2),) * 2)
+        queries, keys = case[-2:]
+        plans = dict.fromkeys(module.PLANS, ((queries, keys, 4, 2),) * 2)
+        module.PLANS = plans | {"backward_keys": ((keys, queries, 4, 2),) * 2}
         for dtype, tolerance in ((torch.float32, 2e-6), (torch.float16, 1e-3)):
             found = distances(case, dtype)
             assert max(found) < tolerance, (case, dtype, found)
@@ -80,8 +86,8 @@ def test_turns_reach_all_that_a_block_sees(block, step, left, right):
 def test_attention_of_a_block_is_triton_s_where_that_is_faster(monkeypatch):
     seen = []
 
-    def fused(qkv, heads):
-        seen.append(len(qkv))
+    def fused(qkv, heads, bias=None):
+        seen.append((len(qkv), bias is attention.qkv.bias))
         return defined(qkv, heads, None, None)
 
     monkeypatch.setattr(attention_module, "fused_attention", fused)
@@ -95,4 +101,4 @@ def test_attention_of_a_block_is_triton_s_where_that_is_faster(monkeypatch):
     with torch.inference_mode():
         torch.testing.assert_close(attention(x), expected)
         torch.testing.assert_close(attention(x[1:]), expected[1:])
-    assert seen == [len(x), len(x) - 1]
+    assert seen == [(len(x), True), (len(x) - 1, False)]

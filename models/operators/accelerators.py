@@ -25,6 +25,7 @@ from models.operators import modulation
 from models.operators.attention import FullAttention, SlidingWindowAttention
 from models.operators.hyena import CausalConv, HyenaSE, HyenaX, HyenaY, MlpHyenaX
 from models.operators.mamba2 import Mamba2
+from models.operators.mlp import GeluMlp
 from models.operators.modulation import Modulated
 
 # Of `disagreement`. Products of TF32 are off by about 3e-4 and more: they do not pass as float32.
@@ -63,7 +64,9 @@ def _half_precision(operator: nn.Module, dtype: torch.dtype, most: int = 256) ->
     return f"takes heads of 8, 16 .. {most}, not {width}" if width % 8 or width > most else ""
 
 
-def _short_sequences(operator: nn.Module, dtype: torch.dtype) -> str:
+def _our_triton(operator: nn.Module, dtype: torch.dtype) -> str:
+    if isinstance(operator, GeluMlp):
+        return "takes bfloat16 and float16 only" if dtype == torch.float32 else ""
     if isinstance(operator, SlidingWindowAttention) and operator.dropout:
         return _no_dropout(operator, dtype)
     return _half_precision(operator, dtype, most=128)
@@ -83,7 +86,11 @@ def _short_filters(operator: nn.Module, dtype: torch.dtype) -> str:
 
 KERNELS = {
     "triton": Kernel(
-        "Triton", (FullAttention, SlidingWindowAttention), "triton", "triton", _short_sequences
+        "Triton",
+        (FullAttention, SlidingWindowAttention, GeluMlp),
+        "triton",
+        "triton",
+        _our_triton,
     ),
     "flash-attn": Kernel(
         "flash-attn", (SlidingWindowAttention,), "flash_attn", "flash-attn", _half_precision
@@ -115,6 +122,7 @@ KERNELS = {
 # the measurements. Kernels of different modules of an operator do not exclude each other.
 PREFERRED: dict[type[nn.Module], tuple[str, tuple[tuple[int, tuple[str, ...]], ...]]] = {
     FullAttention: ("mha", ((0, ("triton",)), (257, ()))),
+    GeluMlp: ("mlp", ((0, ("triton",)),)),
     SlidingWindowAttention: (
         "swa",
         ((0, ("triton", "flash-attn")), (257, ("flash-attn", "flex"))),
@@ -257,9 +265,7 @@ def _distances(some: list[torch.Tensor], exact: list[torch.Tensor]) -> list[floa
 
 def reset(operator: nn.Module) -> None:
     """Every part of `operator` on PyTorch."""
-    for module in _sites(
-        operator, FullAttention, SlidingWindowAttention, CausalConv, Mamba2, Modulated
-    ):
+    for module in _sites(operator, Modulated, *(s for k in KERNELS.values() for s in k.sites)):
         module.path = "torch"
 
 

@@ -33,6 +33,13 @@ def store(
 
 
 @triton.jit
+def store_sum(base, value, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """The sum over the rows of a head, its channels from FIRST on."""
+    column = FIRST + tl.arange(0, WIDTH)
+    tl.store(base + column, tl.sum(value, 0), mask=column < D)
+
+
+@triton.jit
 def attention(
     qkv, out, sums, heads, scale,
     TOKENS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
@@ -88,13 +95,14 @@ def attention(
 
 @triton.jit
 def backward_queries(
-    qkv, out, sums, grad, dqkv, shares, heads, scale, plain_scale,
+    qkv, out, sums, grad, dqkv, shares, totals, heads, scale, plain_scale,
     TOKENS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, TURNS: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, TURNS: tl.constexpr, TOTALS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of queries of one head; and for `backward_keys` the products of what
-    they got and its gradient, of which all their keys bear a share."""
+    they got and its gradient, of which all their keys bear a share. With TOTALS the gradients'
+    sums over the block too, [samples, blocks, 3 * heads * D]."""
     blocks = tl.cdiv(TOKENS, QUERIES)
     pair = (tl.program_id(0) // blocks).to(tl.int64)
     begin = tl.program_id(0) % blocks * QUERIES
@@ -140,19 +148,26 @@ def backward_queries(
         if TAIL:
             dq_tail = tl.dot(ds, k_tail, dq_tail)
     dq = dqkv + inputs
-    store(dq, row, 3 * width, dq_main * plain_scale, TOKENS, D, 0, MAIN)
+    total = totals + (sample * blocks + begin // QUERIES) * 3 * width + head * D
+    dq_main *= plain_scale
+    store(dq, row, 3 * width, dq_main, TOKENS, D, 0, MAIN)
+    if TOTALS:
+        store_sum(total, dq_main, D, 0, MAIN)
     if TAIL:
-        store(dq, row, 3 * width, dq_tail * plain_scale, TOKENS, D, MAIN, TAIL)
+        dq_tail *= plain_scale
+        store(dq, row, 3 * width, dq_tail, TOKENS, D, MAIN, TAIL)
+        if TOTALS:
+            store_sum(total, dq_tail, D, MAIN, TAIL)
 
 
 @triton.jit
 def backward_keys(
-    qkv, sums, grad, dqkv, shares, heads, scale, plain_scale,
+    qkv, sums, grad, dqkv, shares, totals, heads, scale, plain_scale,
     TOKENS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, TURNS: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, TURNS: tl.constexpr, TOTALS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of keys of one head and of their values."""
+    """Gradients of a block of keys of one head and of their values, and their sums."""
     blocks = tl.cdiv(TOKENS, KEYS)
     pair = (tl.program_id(0) // blocks).to(tl.int64)
     begin = tl.program_id(0) % blocks * KEYS
@@ -191,9 +206,10 @@ def backward_keys(
             s = tl.dot(k_tail, tl.trans(q_tail), s)
             dp = tl.dot(v_tail, tl.trans(do_tail), dp)
         p = tl.exp2(s * scale - log_sum[None, :])  # 0 past the last query
-        if LEFT < TOKENS or RIGHT < TOKENS:
+        if LEFT < TOKENS or RIGHT < TOKENS or TOKENS % KEYS:
             offset = column[:, None] - row[None, :]
-            p = tl.where((offset >= -LEFT) & (offset <= RIGHT), p, 0.0)
+            seen = (offset >= -LEFT) & (offset <= RIGHT) & (column[:, None] < TOKENS)
+            p = tl.where(seen, p, 0.0)
         ds = (p * (dp - share[None, :])).to(qkv.dtype.element_ty)
         p = p.to(qkv.dtype.element_ty)
         dv_main = tl.dot(p, do_main, dv_main)
@@ -203,8 +219,17 @@ def backward_keys(
             dk_tail = tl.dot(ds, q_tail, dk_tail)
         row, log_sum, share = next_row, next_log_sum, next_share
     dk, dv = dqkv + inputs + width, dqkv + inputs + 2 * width
-    store(dk, column, 3 * width, dk_main * plain_scale, TOKENS, D, 0, MAIN)
+    total = totals + (sample * blocks + begin // KEYS) * 3 * width + width + head * D
+    dk_main *= plain_scale
+    store(dk, column, 3 * width, dk_main, TOKENS, D, 0, MAIN)
     store(dv, column, 3 * width, dv_main, TOKENS, D, 0, MAIN)
+    if TOTALS:
+        store_sum(total, dk_main, D, 0, MAIN)
+        store_sum(total + width, dv_main, D, 0, MAIN)
     if TAIL:
-        store(dk, column, 3 * width, dk_tail * plain_scale, TOKENS, D, MAIN, TAIL)
+        dk_tail *= plain_scale
+        store(dk, column, 3 * width, dk_tail, TOKENS, D, MAIN, TAIL)
         store(dv, column, 3 * width, dv_tail, TOKENS, D, MAIN, TAIL)
+        if TOTALS:
+            store_sum(total, dk_tail, D, MAIN, TAIL)
+            store_sum(total + width, dv_tail, D, MAIN, TAIL)

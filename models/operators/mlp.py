@@ -6,6 +6,9 @@ import torch
 from timm.models.vision_transformer import Mlp
 from torch import nn
 
+from models.operators.bias import bias_apart
+from models.operators.fused_gelu import fused_gelu
+
 
 class TanhGelu(nn.GELU):
     """The tanh form of GELU: x (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3).
@@ -23,8 +26,27 @@ class TanhGelu(nn.GELU):
         return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
 
 
-def build_mlp(d_model: int, expansion_ratio: float = 4.0, dropout: float = 0.0) -> Mlp:
-    """timm's Mlp with the tanh form of GELU: [B,T,D] -> [B,T,D].
+class GeluMlp(Mlp):
+    """timm's Mlp with the tanh form of GELU: [..., D] -> [..., D].
+
+    `path` names what computes GELU, and the gradient of the bias before it, in training: "torch" or
+    "triton" (accelerators.py chooses).
+    """
+
+    def __init__(self, width: int, hidden: int, dropout: float = 0.0):
+        super().__init__(width, hidden, act_layer=TanhGelu, drop=dropout)
+        self.path = "torch"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.path != "triton" or not torch.is_grad_enabled():
+            return super().forward(x)
+        y, bias = bias_apart(self.fc1, x)
+        y = self.act(y) if bias is None else fused_gelu(y, bias)
+        return self.drop2(self.fc2(self.drop1(y)))
+
+
+def build_mlp(d_model: int, expansion_ratio: float = 4.0, dropout: float = 0.0) -> GeluMlp:
+    """`GeluMlp`: [B,T,D] -> [B,T,D].
 
     The hidden width is `expansion_ratio * d_model`; ValueError when that is no whole number.
     """
@@ -34,4 +56,4 @@ def build_mlp(d_model: int, expansion_ratio: float = 4.0, dropout: float = 0.0) 
             f"mlp: expansion_ratio {expansion_ratio} of d_model {d_model} gives {hidden} hidden "
             "channels: choose a ratio that gives a whole number"
         )
-    return Mlp(d_model, hidden_features=int(hidden), act_layer=TanhGelu, drop=dropout)
+    return GeluMlp(d_model, int(hidden), dropout)
