@@ -7,9 +7,11 @@ import weakref
 import pytest
 import torch
 from entries import free_port
+from test_operators import SMALL
 from torch import nn
 
 from models.dit import DiT
+from models.operators import build_operator
 from training import averaging, distributed, precision
 from training.averaging import Averaged
 from training.working import WorkingWeights
@@ -200,22 +202,57 @@ def test_after_a_failed_pass_the_next_is_good(together, failure, first):
 
 
 def test_all_start_from_rank_0_and_a_wrapper_is_freed(together):
+    """What is frozen, and of what there are copies, too."""
+
     def work(rank):
         chain = Chain()
         chain.register_buffer("mask", torch.tensor([rank == 0, True]))
+        chain.two.requires_grad_(False)
         with torch.no_grad():
             chain.one.weight += rank
-        net = Averaged(chain, CPU)
+            chain.two.weight += rank
+        distributed.begin_alike(distributed.World(rank, rank, 2, CPU), chain)
         start = [t.detach().clone() for t in (*chain.parameters(), *chain.buffers())]
-        net(torch.ones(1, 3)).backward()
+        working = WorkingWeights(chain, torch.bfloat16)
+        net = Averaged(working, CPU)
+        assert [name for name, _ in working.named_parameters()] == ["one.weight", "one.bias"]
+        assert working.copies[chain.one.weight] is next(net.parameters())
+        with precision.autocast(CPU, torch.bfloat16):
+            net(torch.ones(1, 3)).backward()
         held = weakref.ref(chain.one.weight)
-        del net, chain
+        del net, chain, working
         gc.collect()
         differs = r"rank 1 has parameter \('weight', \[3, 2\].* where rank 0 has .*\[2, 2\]"
         with pytest.raises(ValueError, match=differs):
-            Averaged(nn.Linear(2, 2 + rank), CPU)
+            averaging.start_alike(nn.Linear(2, 2 + rank))
+        norm = nn.BatchNorm1d(2, affine=False, track_running_stats=rank == 0)
+        with pytest.raises(ValueError, match="rank 1 has parameter None where .*running_mean"):
+            averaging.start_alike(norm)
         return start, held() is None
 
     one, two = together(work)
     assert all(map(torch.equal, one[0], two[0])) and one[1] and two[1]
     assert torch.equal(one[0][0], Chain().one.weight) and one[0][-1].all()
+    assert torch.equal(one[0][2], Chain().two.weight)
+
+
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_no_backward_pass_reads_a_gradient_that_it_has_handed_over(name):
+    """As those are averaged where they lie, in the meantime: here they are spoilt."""
+    torch.manual_seed(0)
+    operator = build_operator(name, **SMALL[name])
+    width = next(m.in_features for m in operator.modules() if isinstance(m, nn.Linear))
+    x = torch.randn(2, SMALL[name].get("l_max", 16), width)
+    (operator(x).square().sum()).backward()
+    clean = {n: p.grad for n, p in operator.named_parameters()}
+    found = {}
+
+    def spoil(n, p):
+        found[n] = p.grad.clone()
+        p.grad.fill_(torch.nan)
+
+    for n, p in operator.named_parameters():
+        p.grad = None
+        p.register_post_accumulate_grad_hook(lambda p, n=n: spoil(n, p))
+    operator(x).square().sum().backward()
+    assert found.keys() == clean.keys() and all(torch.equal(found[n], clean[n]) for n in clean)

@@ -53,7 +53,29 @@ def distances(case, dtype, device="cpu"):
     return [((some - right).norm() / right.norm()).item() for some, right in pairs]
 
 
+def check_strides():
+    """What is given in other strides, and a gradient of one number."""
+    generator = torch.Generator().manual_seed(0)
+    qkv, bias = (torch.randn(s, generator=generator) for s in ((20, 2, 96), (96,)))
+    grad = torch.randn(20, 2, 32, generator=generator)
+    module.PLANS = dict.fromkeys(module.PLANS, ((16, 16, 4, 2),) * 2)
+    found = []
+    for whole in (False, True):
+        some = qkv.transpose(0, 1)
+        some = (some.contiguous() if whole else some).requires_grad_()
+        y = module.fused_attention(some, 2, bias=bias.requires_grad_())
+        for dy in (grad.transpose(0, 1), torch.ones(()).expand_as(y)):
+            dy = dy.contiguous() if whole else dy
+            found.append([y, *torch.autograd.grad(y, (some, bias), dy, retain_graph=True)])
+        rest = some.detach(), y.detach(), module._attend(some, None, 2, 20, 20, 0.25)[1].detach()
+        rest = rest + (grad.transpose(0, 1), 20, 20, 0.25, True)
+        torch.library.opcheck(module._attend_backward, rest, test_utils=("test_faketensor",))
+        torch.library.opcheck(module._attend, (some, bias, 2, 20, 20, 0.25))
+    torch.testing.assert_close(found[:2], found[2:])
+
+
 def check_kernels():
+    check_strides()
     for case in CASES:
         queries, keys = case[-2:]
         plans = dict.fromkeys(module.PLANS, ((queries, keys, 4, 2),) * 2)

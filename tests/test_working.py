@@ -117,6 +117,8 @@ def test_guard_steps_on_the_gradients_of_copies():
         (1, torch.bfloat16, {"grad_accum": 2}, False, True),
         (2, torch.bfloat16, {}, False, True),
         (2, torch.bfloat16, {"exchange": "bf16"}, True, True),
+        (2, torch.bfloat16, {"exchange": "bf16", "grad_accum": 2}, False, True),
+        (2, torch.float32, {"exchange": "bf16", "grad_checkpoint": True}, False, False),
     ],
 )
 def test_trained_weights_have_copies_where_they_may(size, dtype, changed, all_of_them, frozen):
@@ -129,7 +131,39 @@ def test_trained_weights_have_copies_where_they_may(size, dtype, changed, all_of
     net, _ = with_copies(world, model, dtype, guard, flags)
     assert (net is not model) == all_of_them
     guard.fused = None
-    assert with_copies(world, model, dtype, guard, flags) == (model, [])
+    assert with_copies(world, model, dtype, guard, flags)[0] is model
+
+
+def test_an_exchange_that_is_not_in_bf16_says_why():
+    world = distributed.World(0, 0, 2, CPU)
+
+    def said(dtype=torch.bfloat16, **changed):
+        guard = guard_of(model := small(lora=False))
+        guard.fused = changed.pop("fused", guard.fused)
+        flags = Namespace(**{**vars(FLAGS), "exchange": "bf16", **changed})
+        return with_copies(world, model, dtype, guard, flags)[1]
+
+    begins = "gradients are exchanged in fp32, not bf16 "
+    assert said(grad_accum=2) == [begins + "(--grad-accum)"]
+    assert said(fused=None) == [begins + "(PyTorch's optimiser)"]
+    both = "(a run in float32, --grad-checkpoint)"
+    assert said(torch.float32, grad_checkpoint=True) == [begins + both]
+    assert len(said()) == 1 and "kept in bf16 too" in said()[0]
+    assert said(exchange="fp32", grad_accum=2) == []
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_a_gradient_of_a_copy_that_is_not_finite_leaves_the_step_out(value):
+    guard = guard_of(model := small(lora=False))
+    net, _ = with_copies(ALONE, model, torch.bfloat16, guard, FLAGS)
+    before = [p.clone() for p in (*model.parameters(), *net.parameters())]
+    guard.zero_grad()
+    backward(net)
+    next(iter(net.copies.values())).grad[0] = value
+    guard.set_rates()
+    assert not guard.step().isfinite()
+    after = [*model.parameters(), *net.parameters()]
+    assert all(map(torch.equal, before, after))
 
 
 @pytest.mark.parametrize("entry", ["finetune_tinyfusion", "prune_by_learning"])

@@ -25,21 +25,19 @@ class Averaged(nn.Module):
     the memory of one that it has handed over.
 
     Args:
-        module: takes over rank 0's parameters and buffers.
+        module: with the same parameters on all processes, see `start_alike`.
         device: where it lies.
 
     Attributes:
         exchanges: if False, backward passes leave each process its own gradients.
 
     Raises:
-        ValueError: the processes have different parameters.
         RuntimeError: by a backward pass in which a trained parameter has got no gradient.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         super().__init__()
         self.module, self.device, self.exchanges = module, device, True
-        _start_alike(module)
         self._names = {p: name for name, p in module.named_parameters() if p.requires_grad}
         self._arrange(reversed(self._names))
         self._arranged = False  # as gradients come
@@ -118,9 +116,14 @@ class Averaged(nn.Module):
         self._arranged = True
 
 
-def _start_alike(module: nn.Module) -> None:
-    """Gives all processes rank 0's parameters and buffers."""
-    mine = [(n, list(p.shape), p.dtype, p.requires_grad) for n, p in module.named_parameters()]
+def start_alike(module: nn.Module) -> None:
+    """Gives all processes rank 0's parameters and buffers.
+
+    Raises:
+        ValueError: they have different ones.
+    """
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    mine = [(name, list(t.shape), t.dtype, t.requires_grad) for name, t in tensors]
     found: list = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     for rank, theirs in enumerate(found):
@@ -130,5 +133,5 @@ def _start_alike(module: nn.Module) -> None:
                     f"rank {rank} has parameter {other} where rank 0 has {one}: start all "
                     "processes with the same flags and files"
                 )
-    for tensor in (*module.parameters(), *module.buffers()):
+    for _, tensor in tensors:
         dist.broadcast(tensor.detach(), 0)

@@ -279,7 +279,7 @@ class Steps:
 
     def zero_grad(self) -> None:
         for guard in self.guards:
-            guard.optimizer.zero_grad(set_to_none=True)
+            guard.zero_grad()
 
     def skipped(self) -> tuple[list[int], list[int]]:
         """Steps that each operator left out, its gradient not being finite; waits for the device.

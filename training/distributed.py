@@ -21,7 +21,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from training.averaging import Averaged
+from training.averaging import Averaged, start_alike
 from training.preemption import PREEMPTED, SIGNALS, ParentWatch, Preempted, StopSignals
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -194,8 +194,17 @@ def gather_objects(world: World, value: object) -> list:
     return values
 
 
+def begin_alike(world: World, module: torch.nn.Module) -> None:
+    """Gives every process rank 0's parameters and buffers; before copies of them are made."""
+    if world.size > 1:
+        start_alike(module)
+
+
 def wrap(world: World, module: torch.nn.Module) -> torch.nn.Module:
-    """`module`, with gradients averaged over all processes when there are several."""
+    """`module`, with gradients averaged over all processes when there are several.
+
+    It must have begun alike on all of them, see `begin_alike`.
+    """
     if world.size == 1:
         return module
     return Averaged(module, world.device)

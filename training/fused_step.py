@@ -120,7 +120,7 @@ class _Table:
         rows[:, SIZE] = sizes
         rows[:, FIRST] = programs.cumsum(0) - programs
         self.places = places
-        self.sizes = [2 if copy else 4 for *_, copy in places]  # bytes of a gradient's number
+        self.number_bytes = [2 if copy else 4 for *_, copy in places]  # of the gradients
         self.wide = all(p.numel() % WIDTH == 0 for p in weights)
         for *own, copy in places:
             self.wide &= all(place % (4 * WIDTH) == 0 for place in own) and copy % (2 * WIDTH) == 0
@@ -133,8 +133,8 @@ class _Table:
         """Enters these -> whether every tensor can be read in wide loads."""
         self.gradients.zero_()
         torch._foreach_add_(self.each_gradient, addresses)
-        even = (a % (size * WIDTH) == 0 for a, size in zip(addresses, self.sizes, strict=True))
-        return self.wide and all(even)
+        given = zip(addresses, self.number_bytes, strict=True)
+        return self.wide and all(address % (size * WIDTH) == 0 for address, size in given)
 
 
 def refusal(optimizer: torch.optim.AdamW, ema: Ema) -> str:

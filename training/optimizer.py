@@ -121,11 +121,15 @@ class StepGuard:
         """One step of optimiser and averages; returns the gradient norm before clipping, 0-d."""
         leaves = [self.copies.get(p, p) for p in self.parameters]
         gradients = [p.grad for p in leaves if p.grad is not None]
-        kinds = [
-            [g for g in gradients if (g.dtype == torch.float32) is full] for full in (True, False)
+        full = [g for g in gradients if g.dtype == torch.float32]
+        half = [g for g in gradients if g.dtype != torch.float32]
+        norms = [
+            n
+            for each in (full, half)
+            if each
+            for n in torch._foreach_norm(each, 2.0, torch.float32)
         ]
-        norms = [torch._foreach_norm(kind, 2.0, torch.float32) for kind in kinds if kind]
-        norm = torch.linalg.vector_norm(torch.stack([n for each in norms for n in each]))
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         bad = (~torch.isfinite(norm)).float()
         # The optimiser itself divides by one and leaves its step out for the other, which spares
         # a pass over all gradients.

@@ -8,7 +8,7 @@ weights, for optimiser, averages and checkpoints; only its forward pass runs on 
 """
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -21,8 +21,8 @@ from training.optimizer import StepGuard
 class WorkingWeights(nn.Module):
     """Runs a module on bf16 copies of the weights and biases of its linear layers.
 
-    Its parameters are what then receives gradients: the copies of trained weights, and the
-    module's other trained parameters.
+    Its parameters are what then receives gradients, by the module's names: the copies of trained
+    weights, and the module's other trained parameters.
 
     Args:
         trained: copy trained weights too, not only frozen ones, which never change.
@@ -51,8 +51,11 @@ class WorkingWeights(nn.Module):
         self.copies: Mapping[nn.Parameter, nn.Parameter] = {
             weight: copy for weight, copy in made.items() if weight.requires_grad
         }
-        leaves = [self.copies.get(p, p) for p in module.parameters() if p.requires_grad]
-        self.leaves = nn.ParameterList(leaves)
+        self.leaves = nn.ParameterList(p for _, p in self.named_parameters())
+
+    def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
+        named = self._module[0].named_parameters(*args, **kwargs)
+        return ((name, self.copies.get(p, p)) for name, p in named if p.requires_grad)
 
     def forward(self, *args, **kwargs):
         return functional_call(self._module[0], self._by_name, args, kwargs)
@@ -76,13 +79,22 @@ def with_copies(
             pass is run again within the backward pass, where the module has its float32 weights
             back: there are no copies then.
     """
+    reasons = {
+        f"a run in {str(dtype).removeprefix('torch.')}": dtype != torch.bfloat16,
+        "--grad-checkpoint": flags.grad_checkpoint,
+        "--grad-accum": flags.grad_accum > 1,
+        "PyTorch's optimiser": guard.fused is None,
+    }
+    against = [reason for reason, holds in reasons.items() if holds]
+    lines = []
+    if against and world.size > 1 and flags.exchange == "bf16":
+        lines = [f"gradients are exchanged in fp32, not bf16 ({', '.join(against)})"]
     if dtype != torch.bfloat16 or flags.grad_checkpoint:
-        return module, []
-    trained = guard.fused is not None and flags.grad_accum == 1
-    trained &= world.size == 1 or flags.exchange == "bf16"
+        return module, lines
+    trained = not against and (world.size == 1 or flags.exchange == "bf16")
     working = WorkingWeights(module, dtype, trained)
     if not working.names:
-        return module, []
+        return module, lines
     if trained:
         guard.use_copies(working.copies)
-    return working, [f"{len(working.names)} weights of products are kept in bf16 too"]
+    return working, [f"{len(working.names)} weights of products are kept in bf16 too", *lines]

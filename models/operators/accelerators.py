@@ -179,7 +179,8 @@ def _settle(
         for operator in operators:
             set_path(operator, path)
     ran = " + ".join(dict.fromkeys(taken.values())) or "PyTorch"
-    return f"{name}: {ran}" + (f" ({'; '.join(refused)})" if refused else "")
+    notes = refused or ([operators[0].exception] if hasattr(operators[0], "exception") else [])
+    return f"{name}: {ran}" + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def _settle_modulation(

@@ -20,8 +20,11 @@ MANY = 32  # sequences from which PyTorch is the faster one where there is no ba
 class FullAttention(Attention):
     """Softmax attention over all tokens, as timm defines it: [B,T,D] -> [B,T,D].
 
-    `path` names what computes it: "torch" or "triton" (accelerators.py chooses).
+    `path` names what computes it: "torch" or "triton" (accelerators.py chooses), of which the
+    latter leaves to the former what `exception` says.
     """
+
+    exception = f"PyTorch for {MANY} and more sequences without a backward pass"
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True):
         super().__init__(dim, num_heads=num_heads, qkv_bias=qkv_bias)

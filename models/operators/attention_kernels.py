@@ -70,7 +70,7 @@ def attention(
             k_tail = load(k, column, 3 * width, TOKENS, D, MAIN, TAIL)
             s = tl.dot(q_tail, tl.trans(k_tail), s)
         s *= scale
-        if LEFT < TOKENS or RIGHT < TOKENS or TOKENS % KEYS:
+        if (LEFT < TOKENS or RIGHT < TOKENS) or TOKENS % KEYS:
             offset = column[None, :] - row[:, None]
             seen = (offset >= -LEFT) & (offset <= RIGHT) & (column[None, :] < TOKENS)
             # a row of which nothing was seen yet adds up nonsense, which is scaled to 0 later
@@ -139,7 +139,7 @@ def backward_queries(
             s = tl.dot(q_tail, tl.trans(k_tail), s)
             dp = tl.dot(do_tail, tl.trans(v_tail), dp)
         p = tl.exp2(s * scale - log_sum[:, None])
-        if LEFT < TOKENS or RIGHT < TOKENS or TOKENS % KEYS:
+        if (LEFT < TOKENS or RIGHT < TOKENS) or TOKENS % KEYS:
             offset = column[None, :] - row[:, None]
             seen = (offset >= -LEFT) & (offset <= RIGHT) & (column[None, :] < TOKENS)
             p = tl.where(seen, p, 0.0)
@@ -206,7 +206,7 @@ def backward_keys(
             s = tl.dot(k_tail, tl.trans(q_tail), s)
             dp = tl.dot(v_tail, tl.trans(do_tail), dp)
         p = tl.exp2(s * scale - log_sum[None, :])  # 0 past the last query
-        if LEFT < TOKENS or RIGHT < TOKENS or TOKENS % KEYS:
+        if (LEFT < TOKENS or RIGHT < TOKENS) or TOKENS % KEYS:
             offset = column[:, None] - row[None, :]
             seen = (offset >= -LEFT) & (offset <= RIGHT) & (column[:, None] < TOKENS)
             p = tl.where(seen, p, 0.0)

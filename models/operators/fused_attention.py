@@ -84,6 +84,7 @@ def _attend_backward(
     from models.operators import attention_kernels
 
     B, heads, T = sums.shape
+    qkv, grad = qkv.contiguous(), grad.contiguous()
     dqkv, shares = torch.empty_like(qkv), torch.empty_like(sums)
     settings = _settings(qkv, heads, left, right)
     plan = _plan("backward_queries", left, right, T)
@@ -120,13 +121,13 @@ def _(qkv, out, sums, grad, left, right, scale, biased):
 
 def _keep(ctx, inputs, output):
     qkv, bias, _, *ctx.rest = inputs
-    ctx.save_for_backward(qkv.contiguous(), *output)
+    ctx.save_for_backward(qkv, *output)
     ctx.bias = None if bias is None else bias.dtype
 
 
 def _backward(ctx, grad, _):
     rest = *ctx.rest, ctx.bias is not None
-    dqkv, total = _attend_backward(*ctx.saved_tensors, grad.contiguous(), *rest)
+    dqkv, total = _attend_backward(*ctx.saved_tensors, grad, *rest)
     return dqkv, None if ctx.bias is None else total.to(ctx.bias), *[None] * 4
 
 

@@ -30,6 +30,7 @@ def _gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
 @torch.library.custom_op("grafts::gelu_backward", mutates_args=())
 def _gelu_backward(x: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """-> gradients of x, and float32 [N] of the bias"""
+    x, grad = x.contiguous(), grad.contiguous()
     width = x.shape[-1]
     rows = x.numel() // width
     parts = -(-rows // (ROWS * STEPS))
@@ -54,12 +55,12 @@ def _(x, grad):
 
 def _keep(ctx, inputs, output):
     x, bias = inputs
-    ctx.save_for_backward(x.contiguous())
+    ctx.save_for_backward(x)
     ctx.bias = bias.dtype
 
 
 def _backward(ctx, grad):
-    dx, dbias = _gelu_backward(*ctx.saved_tensors, grad.contiguous())
+    dx, dbias = _gelu_backward(*ctx.saved_tensors, grad)
     return dx, dbias.to(ctx.bias)
 
 
