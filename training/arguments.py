@@ -171,7 +171,7 @@ def add_exchange(add: Callable) -> None:
         choices=("fp32", "bf16"),
         default="fp32",
         help="how processes exchange the gradients of matrix products, which a bf16 run computes "
-        "in bf16: bf16 halves what is sent, and rounds their sum once more",
+        "in bf16: bf16 halves what is sent, and rounds their sum at each process",
     )
 
 

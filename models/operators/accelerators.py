@@ -1,7 +1,7 @@
 """Which kernels the operators of a model run on: PyTorch's, which define them, or faster ones.
 
     for line in accelerate(model, device, torch.bfloat16, model.num_tokens):
-        print(line)                                  # swa: flash-attn 2.8.3.post2
+        print(line)                                  # swa: Triton 3.6.0
 
 Every operator with faster equivalents has modules with a `path`, "torch" to begin with. On CUDA a
 kernel is taken where PREFERRED names it, its package can be imported, and on a small input its
@@ -65,6 +65,9 @@ def _half_precision(operator: nn.Module, dtype: torch.dtype, most: int = 256) ->
 
 
 def _our_triton(operator: nn.Module, dtype: torch.dtype) -> str:
+    older = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9
+    if isinstance(operator, FullAttention) and older:
+        return "is faster on Hopper GPUs alone, as far as is known"
     if isinstance(operator, GeluMlp):
         return "takes bfloat16 and float16 only" if dtype == torch.float32 else ""
     if isinstance(operator, SlidingWindowAttention) and operator.dropout:
