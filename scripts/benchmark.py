@@ -24,6 +24,7 @@ forwards a training step; the peak beside it is that of a large bf16 matrix prod
 
 import argparse
 import copy
+import gc
 import itertools
 import json
 import statistics
@@ -271,6 +272,7 @@ def side_by_side(
     found, timed_steps = {}, {}
     for side, make in makers.items():
         torch.manual_seed(0)
+        gc.collect()  # what an earlier side has left would be freed, unseen, in this one's peak
         held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
