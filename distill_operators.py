@@ -144,7 +144,7 @@ def main(args: argparse.Namespace) -> None:
         del resumed
     latents, draws_of = compile_functions(world, args.compile, store.latents, draw)
     compile_models(world, args.compile, teacher, students)
-    distributed.begin_alike(world, students)
+    distributed.start_alike(world, students)
     net = distributed.wrap(world, students)
     diffusion = create_diffusion("")
 

@@ -143,7 +143,7 @@ def main(args: argparse.Namespace) -> None:
         del resumed
     latents, draws_of = compile_functions(world, args.compile, store.latents, draw)
     compile_models(world, args.compile, learner, *([] if teacher is None else [teacher]))
-    distributed.begin_alike(world, learner)
+    distributed.start_alike(world, learner)
     working, lines = with_copies(world, learner, dtype, guard, args)
     for line in lines:
         log.info(line)

@@ -156,7 +156,7 @@ def main(args: argparse.Namespace) -> None:
         world, args.compile, store.latents, draw, noise.uniform
     )
     compile_models(world, args.compile, gated)
-    distributed.begin_alike(world, gated)
+    distributed.start_alike(world, gated)
     working, lines = with_copies(world, gated, dtype, guard, args)
     for line in lines:
         log.info(line)

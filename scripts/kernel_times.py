@@ -17,6 +17,7 @@ KINDS = {  # the first that is found in a kernel's name
     "Inductor's own": r"^triton_",
     "modulation": r"^(forward|backward)$",
     "the VAE's norms and sums": r"^(measure|combine|normalise|total)$",
+    "GELU": r"^gelu",
     "attention": r"flash|fmha|attention|^backward_|cudnn_generated|cudnn::fusion|sdpa",
     "convolutions": r"conv|fprop|dgrad|wgrad",
     "products": r"gemm|nvjet|cutlass|xmma|wgmma|splitK",

@@ -138,7 +138,7 @@ def training(setting: Setting, selection: bool) -> Step:
     flags = Namespace(
         grad_accum=1, grad_checkpoint=setting.grad_checkpoint, exchange=setting.exchange
     )
-    distributed.begin_alike(world, net)
+    distributed.start_alike(world, net)
     working, _ = with_copies(world, net, setting.dtype, guard, flags)
     wrapped = distributed.wrap(world, working)
     diffusion = create_diffusion("")

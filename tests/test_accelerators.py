@@ -333,6 +333,18 @@ def test_what_a_kernel_cannot_run_is_named(install):
     )
 
 
+def test_attention_is_triton_s_on_the_gpus_it_was_measured_on(install, monkeypatch):
+    install("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for major, names in ((8, ["swa", "mlp"]), (9, ["mha", "swa", "mlp"]), (10, ["swa", "mlp"])):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda major=major: (major, 0))
+        said = [
+            lines(build_operator(n, **SMALL[n]), torch.bfloat16)[0] for n in ("mha", "swa", "mlp")
+        ]
+        assert [s.partition(":")[0] for s in said if ": Triton" in s] == names
+        assert ("was measured on Hopper GPUs alone" in said[0]) == (major != 9)
+
+
 def test_the_table_decides_by_length(install, monkeypatch):
     monkeypatch.setitem(
         accelerators.PREFERRED, SlidingWindowAttention, ("swa", ((0, ()), (100, ("flex",))))

@@ -214,7 +214,7 @@ def test_all_start_from_rank_0_and_a_wrapper_is_freed(together):
         with torch.no_grad():
             chain.one.weight += rank
             chain.two.weight += rank
-        distributed.begin_alike(distributed.World(rank, rank, 2, CPU), chain)
+        distributed.start_alike(distributed.World(rank, rank, 2, CPU), chain)
         start = [t.detach().clone() for t in (*chain.parameters(), *chain.buffers())]
         working = WorkingWeights(chain, torch.bfloat16)
         net = Averaged(working, CPU)

@@ -49,7 +49,12 @@ def distances(case, dtype, device="cpu"):
     assert all(t.dtype == dtype for t in (found, *mine))
     with torch.inference_mode():
         assert torch.equal(module.fused_attention(qkv, heads, window, scale), found)
-    pairs = zip((found, *mine), (expected, best, best.sum((0, 1))), strict=True)
+    return apart((found, *mine), (expected, best, best.sum((0, 1))))
+
+
+def apart(found, expected):
+    """Distances over the norms of what is expected."""
+    pairs = zip(found, expected, strict=True)
     return [((some - right).norm() / right.norm()).item() for some, right in pairs]
 
 
@@ -83,6 +88,12 @@ def check_kernels():
         for dtype, tolerance in ((torch.float32, 2e-6), (torch.float16, 1e-3)):
             found = distances(case, dtype)
             assert max(found) < tolerance, (case, dtype, found)
+
+
+def test_backward_kernels_add_up_over_the_same_blocks():
+    plans = module.PLANS["backward_queries"], module.PLANS["backward_keys"]
+    assert all(queries[0] == keys[1] for queries, keys in zip(*plans, strict=True))
+    assert all(stages > 1 for plans in module.PLANS.values() for *_, stages in plans)
 
 
 def test_kernels_agree_with_the_definition():

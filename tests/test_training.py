@@ -689,7 +689,9 @@ def test_a_process_takes_the_gpu_of_its_place_on_its_node(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setattr(distributed, "_meet", lambda *_: None)
-    monkeypatch.setattr(distributed, "Averaged", lambda m, device: wrapped.append(device) or m)
+    monkeypatch.setattr(
+        distributed.averaging, "Averaged", lambda m, device: wrapped.append(device) or m
+    )
     for name, value in (("RANK", "6"), ("LOCAL_RANK", "2"), ("WORLD_SIZE", "8")):
         monkeypatch.setenv(name, value)
     world = distributed.start()

@@ -21,7 +21,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from training.averaging import Averaged, start_alike
+from training import averaging
 from training.preemption import PREEMPTED, SIGNALS, ParentWatch, Preempted, StopSignals
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -194,20 +194,20 @@ def gather_objects(world: World, value: object) -> list:
     return values
 
 
-def begin_alike(world: World, module: torch.nn.Module) -> None:
+def start_alike(world: World, module: torch.nn.Module) -> None:
     """Gives every process rank 0's parameters and buffers; before copies of them are made."""
     if world.size > 1:
-        start_alike(module)
+        averaging.start_alike(module)
 
 
 def wrap(world: World, module: torch.nn.Module) -> torch.nn.Module:
     """`module`, with gradients averaged over all processes when there are several.
 
-    It must have begun alike on all of them, see `begin_alike`.
+    It must have begun alike on all of them, see `start_alike`.
     """
     if world.size == 1:
         return module
-    return Averaged(module, world.device)
+    return averaging.Averaged(module, world.device)
 
 
 def micro_batches(net: torch.nn.Module, inputs: dict, number: int) -> Iterator[dict]:
@@ -223,7 +223,7 @@ def micro_batches(net: torch.nn.Module, inputs: dict, number: int) -> Iterator[d
     cut = [inputs[name].chunk(number) for name in names]
     parts = [whole | dict(zip(names, pieces, strict=True)) for pieces in zip(*cut, strict=True)]
     for i, part in enumerate(parts, 1):
-        if isinstance(net, Averaged):
+        if isinstance(net, averaging.Averaged):
             net.exchanges = i == len(parts)
         yield part
 

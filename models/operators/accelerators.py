@@ -65,9 +65,9 @@ def _half_precision(operator: nn.Module, dtype: torch.dtype, most: int = 256) ->
 
 
 def _our_triton(operator: nn.Module, dtype: torch.dtype) -> str:
-    older = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9
-    if isinstance(operator, FullAttention) and older:
-        return "is faster on Hopper GPUs alone, as far as is known"
+    other = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9
+    if isinstance(operator, FullAttention) and other:
+        return "was measured on Hopper GPUs alone"
     if isinstance(operator, GeluMlp):
         return "takes bfloat16 and float16 only" if dtype == torch.float32 else ""
     if isinstance(operator, SlidingWindowAttention) and operator.dropout:

@@ -11,6 +11,14 @@ import triton.language as tl
 
 
 @triton.jit
+def place(heads, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+    """A program's sample and head, as one number and apart, and its first token."""
+    blocks = tl.cdiv(TOKENS, BLOCK)
+    pair = (tl.program_id(0) // blocks).to(tl.int64)
+    return pair, pair // heads, pair % heads, tl.program_id(0) % blocks * BLOCK
+
+
+@triton.jit
 def load(
     base, rows, row_width,
     TOKENS: tl.constexpr, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
@@ -47,10 +55,7 @@ def attention(
     QUERIES: tl.constexpr, KEYS: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
     """What a block of queries of one head gets, and the logarithms of their sums."""
-    blocks = tl.cdiv(TOKENS, QUERIES)
-    pair = (tl.program_id(0) // blocks).to(tl.int64)
-    begin = tl.program_id(0) % blocks * QUERIES
-    sample, head = pair // heads, pair % heads
+    pair, sample, head, begin = place(heads, TOKENS, QUERIES)
     width = heads * D
     q = qkv + sample * TOKENS * 3 * width + head * D
     k, v = q + width, q + 2 * width
@@ -103,10 +108,7 @@ def backward_queries(
     """Gradients of a block of queries of one head; and for `backward_keys` the products of what
     they got and its gradient, of which all their keys bear a share. With TOTALS the gradients'
     sums over the block too, [samples, blocks, 3 * heads * D]."""
-    blocks = tl.cdiv(TOKENS, QUERIES)
-    pair = (tl.program_id(0) // blocks).to(tl.int64)
-    begin = tl.program_id(0) % blocks * QUERIES
-    sample, head = pair // heads, pair % heads
+    pair, sample, head, begin = place(heads, TOKENS, QUERIES)
     width = heads * D
     inputs = sample * TOKENS * 3 * width + head * D
     outputs = sample * TOKENS * width + head * D
@@ -148,7 +150,7 @@ def backward_queries(
         if TAIL:
             dq_tail = tl.dot(ds, k_tail, dq_tail)
     dq = dqkv + inputs
-    total = totals + (sample * blocks + begin // QUERIES) * 3 * width + head * D
+    total = totals + (sample * tl.cdiv(TOKENS, QUERIES) + begin // QUERIES) * 3 * width + head * D
     dq_main *= plain_scale
     store(dq, row, 3 * width, dq_main, TOKENS, D, 0, MAIN)
     if TOTALS:
@@ -168,10 +170,7 @@ def backward_keys(
     QUERIES: tl.constexpr, KEYS: tl.constexpr, TURNS: tl.constexpr, TOTALS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys of one head and of their values, and their sums."""
-    blocks = tl.cdiv(TOKENS, KEYS)
-    pair = (tl.program_id(0) // blocks).to(tl.int64)
-    begin = tl.program_id(0) % blocks * KEYS
-    sample, head = pair // heads, pair % heads
+    pair, sample, head, begin = place(heads, TOKENS, KEYS)
     width = heads * D
     inputs = sample * TOKENS * 3 * width + head * D
     q, k, v = qkv + inputs, qkv + inputs + width, qkv + inputs + 2 * width
@@ -219,7 +218,7 @@ def backward_keys(
             dk_tail = tl.dot(ds, q_tail, dk_tail)
         row, log_sum, share = next_row, next_log_sum, next_share
     dk, dv = dqkv + inputs + width, dqkv + inputs + 2 * width
-    total = totals + (sample * blocks + begin // KEYS) * 3 * width + width + head * D
+    total = totals + (sample * tl.cdiv(TOKENS, KEYS) + begin // KEYS) * 3 * width + width + head * D
     dk_main *= plain_scale
     store(dk, column, 3 * width, dk_main, TOKENS, D, 0, MAIN)
     store(dv, column, 3 * width, dv_main, TOKENS, D, 0, MAIN)

@@ -16,8 +16,7 @@ LEAST_DOT = 16  # channels of a product in Triton
 
 # Tokens of a block, by kernel, and how Triton compiles it: where queries see most keys, and where
 # they see a few beside them. The blocks of queries in one backward kernel are as long as those of
-# keys in the other. With one stage Triton 3.6 writes to shared memory that a product is
-# still reading.
+# keys in the other. With one stage Triton 3.6 has made wrong sums of "attention".
 PLANS = {
     "attention": ((64, 64, 4, 2), (64, 16, 4, 4)),
     "backward_queries": ((64, 32, 4, 2), (64, 16, 4, 3)),
