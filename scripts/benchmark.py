@@ -26,7 +26,6 @@ import argparse
 import copy
 import gc
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -49,6 +48,7 @@ from models.inference import has_float8
 from models.operators import OPERATORS, accelerators, build_operator
 from models.operators.accelerators import KERNELS
 from models.plan import load_plan, plan_from_flags
+from models.provenance import environment
 from scripts import kernel_times, loops
 from training import arguments, distributed, precision
 from training.compilation import MODEL_OPTIONS, WARM, compile_models, graphed
@@ -93,11 +93,7 @@ def operators(args: argparse.Namespace) -> None:
                 rows.append({**row, "mode": mode, "pass": kind, "ms": ms})
                 print(f"{name:11} {tokens:6} {batch:5}  {path:27} {mode:8} {kind:8} {ms:8.3f}")
     if args.json is not None:
-        about = {"device": str(world.device), "precision": str(dtype).removeprefix("torch.")}
-        if world.device.type == "cuda":
-            about["device"] = torch.cuda.get_device_name(world.device)
-        about |= {"torch": str(torch.__version__), "hidden_size": args.hidden_size, "rows": rows}
-        Path(args.json).write_text(json.dumps(about, indent=1) + "\n")
+        write_rows(args, world, dtype, rows, hidden_size=args.hidden_size)
 
 
 def distill(args: argparse.Namespace) -> None:
@@ -172,12 +168,10 @@ def distill(args: argparse.Namespace) -> None:
         "hours_for_8000_x_200": 8000 * 200 / rate["step"] / 3600,
     }
     if world.device.type == "cuda":
-        row["device"] = torch.cuda.get_device_name(world.device)
         row["peak_memory_gib"] = torch.cuda.max_memory_allocated(world.device) / 2**30
     for key, value in row.items():
         print(f"{key:24} {value:.3f}" if isinstance(value, float) else f"{key:24} {value}")
-    if args.json is not None:
-        Path(args.json).write_text(json.dumps(row, indent=1) + "\n")
+    write_rows(args, world, dtype, [row])
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -267,7 +261,7 @@ def side_by_side(
 ) -> dict[str, dict]:
     """Builds each side, warms it, and times `steps` of each in turn: ms a step and what it took.
 
-    profile: print where the time of the last side goes.
+    profile: print where the time of the last side goes, and note it as "kinds".
     """
     found, timed_steps = {}, {}
     for side, make in makers.items():
@@ -293,7 +287,9 @@ def side_by_side(
     for side, ms in in_turn(timed_steps, rounds, device).items():
         found[side]["ms"] = ms / steps
     if profile and device.type == "cuda":
-        print(kernel_times.table(kernel_times.kernel_times(once)))
+        times = kernel_times.kernel_times(once)
+        found[side]["kinds"] = kernel_times.by_kind(times)
+        print(kernel_times.table(times))
     return found
 
 
@@ -335,16 +331,9 @@ def write_rows(
     """The rows and what they were measured on, to --json."""
     if args.json is None or not world.main:
         return
-    device = str(world.device)
-    if world.device.type == "cuda":
-        device = torch.cuda.get_device_name(world.device)
-    about |= {"device": device, "precision": str(dtype).removeprefix("torch.")}
-    about |= {
-        "processes": world.size,
-        "torch": str(torch.__version__),
-        "steps": getattr(args, "steps", 1),
-    }
-    write_json(Path(args.json), about | {"rounds": args.rounds, "rows": rows})
+    about |= environment(world.device) | {"precision": str(dtype).removeprefix("torch.")}
+    about |= {"processes": world.size, "steps": getattr(args, "steps", 1), "rounds": args.rounds}
+    write_json(Path(args.json), about | {"rows": rows})
 
 
 def published(name: str, hidden_size: int, tokens: int) -> nn.Module:

@@ -52,12 +52,17 @@ def kernel_times(once: Callable[[], None]) -> dict[str, tuple[float, float]]:
     return {name: (ms, launches[name]) for name, ms in times.most_common()}
 
 
-def table(times: dict[str, tuple[float, float]], most: int = 24) -> str:
-    """Milliseconds a step by kind, and of the kernels that take most."""
+def by_kind(times: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """Kind -> milliseconds a step, the greatest first."""
     kinds: Counter = Counter()
     for name, (ms, _) in times.items():
         kinds[next(kind for kind, text in KINDS.items() if re.search(text, name))] += ms
-    lines = [f"  {ms:9.3f} ms  {kind}" for kind, ms in kinds.most_common()]
+    return dict(kinds.most_common())
+
+
+def table(times: dict[str, tuple[float, float]], most: int = 24) -> str:
+    """Milliseconds a step by kind, and of the kernels that take most."""
+    lines = [f"  {ms:9.3f} ms  {kind}" for kind, ms in by_kind(times).items()]
     lines += [
         f"  {ms:9.3f} ms {number:7.1f} x  {name[:110]}"
         for name, (ms, number) in list(times.items())[:most]

@@ -29,6 +29,7 @@ from models.inference import quicken
 from models.operators.accelerators import accelerate
 from models.plan import load_plan
 from models.presets import blank_condition
+from models.provenance import environment
 from scripts.benchmark import timed
 from training import arguments, distributed, precision
 from training.compilation import compile_models, graphed
@@ -56,7 +57,11 @@ def main(args: argparse.Namespace) -> None:
         rows, show = costs.paper_table(), table_text
     else:
         rows, show = profile([load_plan(path) for path in args.configs], args), profile_text
-    print(json.dumps(rows, indent=2) if args.json else show(rows))
+    if not args.json:
+        print(show(rows))
+        return
+    timed = distributed.start(args.device).device if args.latency else None
+    print(json.dumps({**environment(timed), "rows": rows}, indent=2))
 
 
 # -- graft YAMLs ---------------------------------------------------------------

@@ -173,11 +173,13 @@ def test_table_is_printed_with_its_footnotes(capsys):
 
 
 def test_json_holds_the_same_for_machines(capsys):
-    rows = json.loads(run(capsys, "--json", str(REPOSITORY / "configs" / "75p_hyena_x.yaml")))
+    stored = json.loads(run(capsys, "--json", str(REPOSITORY / "configs" / "75p_hyena_x.yaml")))
+    rows = stored["rows"]
+    assert stored["torch"] == torch.__version__
     assert rows[0]["parameters"] == 675_129_632 + 21 * 17_280
     assert rows[0]["plain"]["parameters"] == 675_129_632
     assert rows[0]["changes"]["paper"]["mha"]["op"] == pytest.approx(-74.85, abs=0.005)
-    assert len(json.loads(run(capsys, "--json", "--table"))) == 24
+    assert len(json.loads(run(capsys, "--json", "--table"))["rows"]) == 24
 
 
 def test_plain_rows_of_several_models_name_them(capsys):
@@ -219,6 +221,8 @@ def test_latency_has_a_column_for_each_batch(capsys, monkeypatch):
     text = run(capsys, config, *flags)
     assert "| ms at batch 1 | x plain | ms at batch 2 | x plain |" in text
     assert text.splitlines()[5].count("|") == text.splitlines()[2].count("|") == 12
-    row = json.loads(run(capsys, config, *flags, "--json"))[0]
+    stored = json.loads(run(capsys, config, *flags, "--json"))
+    row = stored["rows"][0]
+    assert stored["hardware"].endswith("(cpu)")
     for found in (row["latency_ms"], row["plain"]["latency_ms"]):
         assert found.keys() == {"1", "2"} and min(found.values()) > 0
