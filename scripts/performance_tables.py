@@ -41,6 +41,7 @@ KINDS = {  # of kernel_times.py; what is in none of these is "other"
     "products": "products",
     "attention": "attention",
     "modulation": "modulation",
+    "GELU": "GELU",
     "Inductor's": "Inductor's own",
     "optimiser, averages, norms": "optimiser, averages, norms",
     "no kernel": "no kernel",

@@ -51,7 +51,7 @@ def test_tables_say_what_was_measured(results, tmp_path):
         "| finetuning step | 8 | 100.0 | 25.0 | 4.0 | 4 | 400 (50 %) | 10.0 | 2.5 |",
         "| guided reverse step, `--fp8` | 32 | 100.0 | 40.0 | 2.5 | 2.2 |  | 10.0 | 4.0 |",
         "| VAE decoding | 64 | 100.0 | 10.0 | 10.0 |  |  | 10.0 | 1.0 |",
-        "| finetuning step, 8 | 9.0 | 0.0 | 0.0 | 0.0 | 0.0 | 1.5 | 0.8 |",
+        "| finetuning step, 8 | 9.0 | 0.0 | 0.0 | 0.0 | 0.0 | 0.0 | 1.5 | 0.8 |",
         "| 2 | bf16 | 8 | 100.0 | 25.0 | 4.0 |",
         "| times as fast | 1.50 | 1.00 |",
     ):
