@@ -1,6 +1,10 @@
 """models/operators/fused_attention.py: the Triton kernels, run by Triton's interpreter on the CPU,
 which multiplies no bf16; tests/test_operators_gpu.py runs that."""
 
+import re
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 from test_modulation import interpreted
@@ -19,6 +23,7 @@ CASES = [
     (33, 1, 96, (0, 0), None, 16, 16),
     (1, 1, 8, (5, 5), None, 16, 16),
     (48, 1, 16, (200, 2), None, 32, 16),
+    (20, 2, 24, None, None, 32, 32),
 ]
 
 
@@ -102,12 +107,61 @@ def test_kernels_agree_with_the_definition():
                 "import test_fused_attention as t; t.check_kernels()")  # fmt: skip
 
 
+def machine_code(kernel, tokens, width, window, folder):
+    """What Triton makes of a kernel for Hopper, line by line."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+
+    from models.operators import attention_kernels
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    if not (tools / "nvdisasm").is_file():
+        pytest.skip("this Triton brings no nvdisasm")
+    options = module._settings(kernel, tokens, width, *window or (tokens, tokens))
+    compiled = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    function = getattr(attention_kernels, kernel)
+    types = dict.fromkeys(("qkv", "out", "grad", "dqkv"), "*bf16")
+    types |= dict.fromkeys(("sums", "shares", "totals"), "*fp32")
+    types |= {"heads": "i32", "scale": "fp32", "plain_scale": "fp32"}
+    signature = {name: types.get(name, "constexpr") for name in function.arg_names}
+    if "TOTALS" in signature:
+        options["TOTALS"] = True
+    aligned = {
+        (at,): [["tt.divisibility", 16]]
+        for at, kind in enumerate(signature.values()) if kind.startswith("*") or kind == "i32"
+    }  # fmt: skip
+    source = triton.compiler.ASTSource(function, signature, constexprs=options, attrs=aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=compiled)
+    (folder / "kernel.cubin").write_bytes(made.asm["cubin"])
+    command = [tools / "nvdisasm", "-c", folder / "kernel.cubin"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+@pytest.mark.parametrize("window", [None, (4, 4)], ids=str)
+@pytest.mark.parametrize("tokens", [16, 256])
+@pytest.mark.parametrize("kernel", module.PLANS)
+def test_products_find_their_operands(tmp_path, monkeypatch, kernel, tokens, window):
+    """No register of a processor's own, where places of operands are kept, is read unwritten."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    lines = machine_code(kernel, tokens, 72, window, tmp_path)
+    assert any("HGMMA" in line for line in lines)
+    written = set()
+    for line in lines:
+        found = re.search(r"\b(U\w+|S2UR|R2UR)[\w.]* +UR(\d+), *(.*);", line)
+        read = found[3] if found else line
+        read = re.sub(r"\w*desc\[UR\d+\]", "", read)
+        missing = {int(n) for n in re.findall(r"\bUR(\d+)", read)} - written
+        assert not missing, line
+        if found:
+            wide = re.search(r"\.64\b|\.WIDE\b", line)
+            written |= {int(found[2]), int(found[2]) + bool(wide)}
+
+
 @pytest.mark.parametrize(("block", "step"), [(16, 16), (16, 64), (64, 16), (48, 32)])
 @pytest.mark.parametrize(("left", "right"), [(0, 0), (4, 4), (1, 30), (90, 0), (200, 200)])
 def test_turns_reach_all_that_a_block_sees(block, step, left, right):
     tokens = 200
-    settings = {"TOKENS": tokens, "LEFT": left, "RIGHT": right}
-    turns = module._turns(settings, block, step)
+    turns = module._turns(tokens, left, right, block, step)
     needed = []
     for begin in range(0, tokens, block):
         low = max(begin - left, 0) // step * step

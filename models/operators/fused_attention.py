@@ -16,7 +16,7 @@ LEAST_DOT = 16  # channels of a product in Triton
 
 # Tokens of a block, by kernel, and how Triton compiles it: where queries see most keys, and where
 # they see a few beside them. The blocks of queries in one backward kernel are as long as those of
-# keys in the other. With one stage Triton 3.6 has made wrong sums of "attention".
+# keys in the other. All have more than one stage: see `_settings`.
 PLANS = {
     "attention": ((64, 64, 4, 2), (64, 16, 4, 4)),
     "backward_queries": ((64, 32, 4, 2), (64, 16, 4, 3)),
@@ -60,11 +60,10 @@ def _attend(
     qkv = qkv.contiguous()
     out, sums = _empty_results(qkv, heads)
     B, T, _ = qkv.shape
-    settings, plan = _settings(qkv, heads, left, right), _plan("attention", left, right, T)
-    attention_kernels.attention[(B * heads * -(-T // plan["QUERIES"]),)](
-        qkv, out, sums, heads, scale * LOG2_E,
-        TURNS=_turns(settings, plan["QUERIES"], plan["KEYS"]), **settings, **plan,
-    )  # fmt: skip
+    settings = _settings("attention", T, qkv.shape[2] // (3 * heads), left, right)
+    attention_kernels.attention[(B * heads * -(-T // settings["QUERIES"]),)](
+        qkv, out, sums, heads, scale * LOG2_E, **settings
+    )
     return out, sums
 
 
@@ -85,20 +84,17 @@ def _attend_backward(
     B, heads, T = sums.shape
     qkv, grad = qkv.contiguous(), grad.contiguous()
     dqkv, shares = torch.empty_like(qkv), torch.empty_like(sums)
-    settings = _settings(qkv, heads, left, right)
-    plan = _plan("backward_queries", left, right, T)
-    blocks = -(-T // plan["QUERIES"])
+    shape = T, qkv.shape[2] // (3 * heads), left, right
+    settings = _settings("backward_queries", *shape)
+    blocks = -(-T // settings["QUERIES"])
     totals = sums.new_empty((B * blocks, qkv.shape[2]) if biased else (0, 0))
     rest = shares, totals, heads, scale * LOG2_E, scale
     attention_kernels.backward_queries[(B * heads * blocks,)](
-        qkv, out, sums, grad, dqkv, *rest, TOTALS=biased,
-        TURNS=_turns(settings, plan["QUERIES"], plan["KEYS"]), **settings, **plan,
-    )  # fmt: skip
-    plan = _plan("backward_keys", left, right, T)
+        qkv, out, sums, grad, dqkv, *rest, TOTALS=biased, **settings
+    )
     attention_kernels.backward_keys[(B * heads * blocks,)](
-        qkv, sums, grad, dqkv, *rest, TOTALS=biased,
-        TURNS=_turns(settings, plan["KEYS"], plan["QUERIES"]), **settings, **plan,
-    )  # fmt: skip
+        qkv, sums, grad, dqkv, *rest, TOTALS=biased, **_settings("backward_keys", *shape)
+    )
     return dqkv, totals.sum(0)
 
 
@@ -133,28 +129,39 @@ def _backward(ctx, grad, _):
 _attend.register_autograd(_backward, setup_context=_keep)
 
 
-def _plan(kernel: str, left: int, right: int, tokens: int) -> dict[str, int]:
+def _settings(kernel: str, tokens: int, width: int, left: int, right: int) -> dict[str, int]:
+    """What a kernel is compiled for: tokens, their windows and blocks, and how a head of `width`
+    channels is cut.
+
+    A loop of one turn, or of one stage, becomes straight code. Of that with two products a step
+    Triton 3.6's ptxas (12.8) takes the place of an operand from a register that nothing has
+    written: wrong sums, or reads outside of memory. There a head stays whole.
+    """
     queries, keys, warps, stages = PLANS[kernel][left + right < tokens // 4]
-    return {"QUERIES": queries, "KEYS": keys, "num_warps": warps, "num_stages": stages}
-
-
-def _settings(qkv: torch.Tensor, heads: int, left: int, right: int) -> dict[str, int]:
-    """What both kernels are compiled for: tokens, their windows, and how a head is cut."""
-    tokens, width = qkv.shape[1], qkv.shape[2] // (3 * heads)
+    left, right = min(left, tokens), min(right, tokens)
+    block, step = (keys, queries) if kernel == "backward_keys" else (queries, keys)
+    turns = _turns(tokens, left, right, block, step)
     main = max(LEAST_DOT, 1 << (width.bit_length() - 1))
     rest = max(0, width - main)
+    if rest and turns == 1:
+        main, rest = 2 * main, 0
     return {
         "TOKENS": tokens,
-        "LEFT": min(left, tokens),
-        "RIGHT": min(right, tokens),
+        "LEFT": left,
+        "RIGHT": right,
         "D": width,
         "MAIN": main,
         "TAIL": max(LEAST_DOT, 1 << (rest - 1).bit_length()) if rest else 0,
+        "QUERIES": queries,
+        "KEYS": keys,
+        "TURNS": turns,
+        "num_warps": warps,
+        "num_stages": stages,
     }
 
 
-def _turns(settings: dict[str, int], block: int, step: int) -> int:
+def _turns(tokens: int, left: int, right: int, block: int, step: int) -> int:
     """How many blocks of `step` tokens, which begin at its multiples, a block of as many as `block`
     can see, or can be seen by."""
-    touched = block + settings["LEFT"] + settings["RIGHT"] + step - 2
-    return min(touched // step + 1, -(-settings["TOKENS"] // step))
+    touched = block + left + right + step - 2
+    return min(touched // step + 1, -(-tokens // step))
