@@ -98,8 +98,7 @@ def flash_attn_qkvpacked_func(qkv, dropout_p, softmax_scale, window_size):
     return y.transpose(1, 2)
 
 
-def fused_attention(qkv, heads, window=None, scale=None, bias=None):
-    qkv = qkv if bias is None else qkv + (bias - bias.detach())
+def fused_attention(qkv, heads, window=None, scale=None):
     qkv = qkv.unflatten(-1, (3, heads, -1))
     window = window or (qkv.shape[1], qkv.shape[1])
     return flash_attn_qkvpacked_func(qkv, 0.0, scale, window).flatten(2)

@@ -8,8 +8,7 @@ from test_modulation import interpreted
 from torch import nn
 
 from models.operators import mlp as mlp_module
-from models.operators.bias import bias_apart
-from models.operators.fused_gelu import fused_gelu
+from models.operators.fused_gelu import bias_apart, fused_gelu
 from models.operators.mlp import GeluMlp
 
 

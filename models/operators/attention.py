@@ -8,7 +8,6 @@ from timm.models.vision_transformer import Attention
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from models.operators.bias import bias_apart
 from models.operators.fused_attention import fused_attention
 
 DENSE_TOKENS = 256  # up to here the T x T mask is cheaper than gathering windows
@@ -32,8 +31,7 @@ class FullAttention(Attention):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.path == "triton" and (torch.is_grad_enabled() or len(x) < MANY):
-            qkv, bias = bias_apart(self.qkv, x)
-            return self.proj(fused_attention(qkv, self.num_heads, bias=bias))
+            return self.proj(fused_attention(self.qkv(x), self.num_heads))
         return super().forward(x)
 
 
@@ -77,8 +75,8 @@ class SlidingWindowAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, T, D = x.shape
         if self.path == "triton":
-            qkv, bias = bias_apart(self.Wqkv, x)
-            y = fused_attention(qkv, self.num_heads, self.window_size, self.softmax_scale, bias)
+            qkv = self.Wqkv(x)
+            y = fused_attention(qkv, self.num_heads, self.window_size, self.softmax_scale)
         else:
             qkv = self.Wqkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)
             y = self.attend(qkv).reshape(B, T, D)

@@ -41,13 +41,6 @@ def store(
 
 
 @triton.jit
-def store_sum(base, value, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-    """The sum over the rows of a head, its channels from FIRST on."""
-    column = FIRST + tl.arange(0, WIDTH)
-    tl.store(base + column, tl.sum(value, 0), mask=column < D)
-
-
-@triton.jit
 def attention(
     qkv, out, sums, heads, scale,
     TOKENS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
@@ -100,14 +93,13 @@ def attention(
 
 @triton.jit
 def backward_queries(
-    qkv, out, sums, grad, dqkv, shares, totals, heads, scale, plain_scale,
+    qkv, out, sums, grad, dqkv, shares, heads, scale, plain_scale,
     TOKENS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, TURNS: tl.constexpr, TOTALS: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of queries of one head; and for `backward_keys` the products of what
-    they got and its gradient, of which all their keys bear a share. With TOTALS the gradients'
-    sums over the block too, [samples, blocks, 3 * heads * D]."""
+    they got and its gradient, of which all their keys bear a share."""
     pair, sample, head, begin = place(heads, TOKENS, QUERIES)
     width = heads * D
     inputs = sample * TOKENS * 3 * width + head * D
@@ -150,26 +142,19 @@ def backward_queries(
         if TAIL:
             dq_tail = tl.dot(ds, k_tail, dq_tail)
     dq = dqkv + inputs
-    total = totals + (sample * tl.cdiv(TOKENS, QUERIES) + begin // QUERIES) * 3 * width + head * D
-    dq_main *= plain_scale
-    store(dq, row, 3 * width, dq_main, TOKENS, D, 0, MAIN)
-    if TOTALS:
-        store_sum(total, dq_main, D, 0, MAIN)
+    store(dq, row, 3 * width, dq_main * plain_scale, TOKENS, D, 0, MAIN)
     if TAIL:
-        dq_tail *= plain_scale
-        store(dq, row, 3 * width, dq_tail, TOKENS, D, MAIN, TAIL)
-        if TOTALS:
-            store_sum(total, dq_tail, D, MAIN, TAIL)
+        store(dq, row, 3 * width, dq_tail * plain_scale, TOKENS, D, MAIN, TAIL)
 
 
 @triton.jit
 def backward_keys(
-    qkv, sums, grad, dqkv, shares, totals, heads, scale, plain_scale,
+    qkv, sums, grad, dqkv, shares, heads, scale, plain_scale,
     TOKENS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, TURNS: tl.constexpr, TOTALS: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of keys of one head and of their values, and their sums."""
+    """Gradients of a block of keys of one head and of their values."""
     pair, sample, head, begin = place(heads, TOKENS, KEYS)
     width = heads * D
     inputs = sample * TOKENS * 3 * width + head * D
@@ -218,17 +203,8 @@ def backward_keys(
             dk_tail = tl.dot(ds, q_tail, dk_tail)
         row, log_sum, share = next_row, next_log_sum, next_share
     dk, dv = dqkv + inputs + width, dqkv + inputs + 2 * width
-    total = totals + (sample * tl.cdiv(TOKENS, KEYS) + begin // KEYS) * 3 * width + width + head * D
-    dk_main *= plain_scale
-    store(dk, column, 3 * width, dk_main, TOKENS, D, 0, MAIN)
+    store(dk, column, 3 * width, dk_main * plain_scale, TOKENS, D, 0, MAIN)
     store(dv, column, 3 * width, dv_main, TOKENS, D, 0, MAIN)
-    if TOTALS:
-        store_sum(total, dk_main, D, 0, MAIN)
-        store_sum(total + width, dv_main, D, 0, MAIN)
     if TAIL:
-        dk_tail *= plain_scale
-        store(dk, column, 3 * width, dk_tail, TOKENS, D, MAIN, TAIL)
+        store(dk, column, 3 * width, dk_tail * plain_scale, TOKENS, D, MAIN, TAIL)
         store(dv, column, 3 * width, dv_tail, TOKENS, D, MAIN, TAIL)
-        if TOTALS:
-            store_sum(total, dk_tail, D, MAIN, TAIL)
-            store_sum(total + width, dv_tail, D, MAIN, TAIL)

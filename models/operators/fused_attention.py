@@ -15,8 +15,7 @@ LOG2_E = 1 / math.log(2)
 LEAST_DOT = 16  # channels of a product in Triton
 
 # Tokens of a block, by kernel, and how Triton compiles it: where queries see most keys, and where
-# they see a few beside them. The blocks of queries in one backward kernel are as long as those of
-# keys in the other. All have more than one stage: see `_settings`.
+# they see a few beside them. All have more than one stage: see `_settings`.
 PLANS = {
     "attention": ((64, 64, 4, 2), (64, 16, 4, 4)),
     "backward_queries": ((64, 32, 4, 2), (64, 16, 4, 3)),
@@ -29,7 +28,6 @@ def fused_attention(
     heads: int,
     window: tuple[int, int] | None = None,
     scale: float | None = None,
-    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of queries, keys and values that lie side by side, on CUDA in half precision.
 
@@ -37,14 +35,13 @@ def fused_attention(
         qkv: [B, T, 3 * heads * d]; of a token all queries, then all keys, then all values.
         window: token i sees tokens i - window[0] .. i + window[1]; None: all.
         scale: of the products of queries and keys; None: 1 / sqrt(d).
-        bias: [3 * heads * d], of the projection that gave qkv, by `bias_apart`.
 
     Returns:
         [B, T, heads * d]
     """
     width = qkv.shape[-1] // (3 * heads)
     left, right = qkv.shape[1:2] * 2 if window is None else window
-    return _attend(qkv, bias, heads, left, right, width**-0.5 if scale is None else scale)[0]
+    return _attend(qkv, heads, left, right, width**-0.5 if scale is None else scale)[0]
 
 
 # The kernels as operations of our own: opaque to torch.compile, and with their gradients.
@@ -52,7 +49,7 @@ def fused_attention(
 
 @torch.library.custom_op("grafts::attention", mutates_args=())
 def _attend(
-    qkv: torch.Tensor, bias: torch.Tensor | None, heads: int, left: int, right: int, scale: float
+    qkv: torch.Tensor, heads: int, left: int, right: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> [B, T, heads * d]; and float32 [B, heads, T] the logarithms (to base 2) of the sums."""
     from models.operators import attention_kernels
@@ -76,9 +73,8 @@ def _attend_backward(
     left: int,
     right: int,
     scale: float,
-    biased: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> gradient of qkv; and if `biased` its sums over all tokens, float32 [3 * heads * d]"""
+) -> torch.Tensor:
+    """-> gradient of qkv"""
     from models.operators import attention_kernels
 
     B, heads, T = sums.shape
@@ -86,16 +82,15 @@ def _attend_backward(
     dqkv, shares = torch.empty_like(qkv), torch.empty_like(sums)
     shape = T, qkv.shape[2] // (3 * heads), left, right
     settings = _settings("backward_queries", *shape)
-    blocks = -(-T // settings["QUERIES"])
-    totals = sums.new_empty((B * blocks, qkv.shape[2]) if biased else (0, 0))
-    rest = shares, totals, heads, scale * LOG2_E, scale
-    attention_kernels.backward_queries[(B * heads * blocks,)](
-        qkv, out, sums, grad, dqkv, *rest, TOTALS=biased, **settings
+    rest = shares, heads, scale * LOG2_E, scale
+    attention_kernels.backward_queries[(B * heads * -(-T // settings["QUERIES"]),)](
+        qkv, out, sums, grad, dqkv, *rest, **settings
     )
-    attention_kernels.backward_keys[(B * heads * blocks,)](
-        qkv, sums, grad, dqkv, *rest, TOTALS=biased, **_settings("backward_keys", *shape)
+    settings = _settings("backward_keys", *shape)
+    attention_kernels.backward_keys[(B * heads * -(-T // settings["KEYS"]),)](
+        qkv, sums, grad, dqkv, *rest, **settings
     )
-    return dqkv, totals.sum(0)
+    return dqkv
 
 
 def _empty_results(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,26 +99,22 @@ def _empty_results(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.T
 
 
 @_attend.register_fake
-def _(qkv, bias, heads, left, right, scale):
+def _(qkv, heads, left, right, scale):
     return _empty_results(qkv, heads)
 
 
 @_attend_backward.register_fake
-def _(qkv, out, sums, grad, left, right, scale, biased):
-    total = sums.new_empty(qkv.shape[2] if biased else 0)
-    return qkv.new_empty(qkv.shape), total
+def _(qkv, out, sums, grad, left, right, scale):
+    return qkv.new_empty(qkv.shape)
 
 
 def _keep(ctx, inputs, output):
-    qkv, bias, _, *ctx.rest = inputs
+    qkv, _, *ctx.rest = inputs
     ctx.save_for_backward(qkv, *output)
-    ctx.bias = None if bias is None else bias.dtype
 
 
 def _backward(ctx, grad, _):
-    rest = *ctx.rest, ctx.bias is not None
-    dqkv, total = _attend_backward(*ctx.saved_tensors, grad, *rest)
-    return dqkv, None if ctx.bias is None else total.to(ctx.bias), *[None] * 4
+    return _attend_backward(*ctx.saved_tensors, grad, *ctx.rest), *[None] * 4
 
 
 _attend.register_autograd(_backward, setup_context=_keep)

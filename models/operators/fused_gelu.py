@@ -1,11 +1,28 @@
-"""GELU by Triton, and in its backward pass the gradient of the bias before it (see bias.py)."""
+"""GELU by Triton, and in its backward pass the gradient of the bias before it.
+
+That is the sum of the gradients of GELU's input over all tokens. The kernel that makes these holds
+them already; PyTorch reads them again.
+"""
 
 from functools import cache
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-# Of the backward pass: what a program holds at once, and how many such rows it sums
-ROWS, COLUMNS, STEPS = 16, 256, 16
+# Of the backward pass: what a program holds at once, and how often it adds up as much
+ROWS, COLUMNS, STEPS = 32, 128, 8
+
+
+def bias_apart(linear: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A layer's output, and its bias, to which the output's graph then does not lead.
+
+    None for a bias that has no gradient, and where `linear` is more than that, as with an adapter.
+    """
+    bias = linear.bias if type(linear) is nn.Linear else None
+    if bias is None or not bias.requires_grad or not torch.is_grad_enabled():
+        return linear(x), None
+    return F.linear(x, linear.weight, bias.detach()), bias
 
 
 def fused_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -6,8 +6,7 @@ import torch
 from timm.models.vision_transformer import Mlp
 from torch import nn
 
-from models.operators.bias import bias_apart
-from models.operators.fused_gelu import fused_gelu
+from models.operators.fused_gelu import bias_apart, fused_gelu
 
 
 class TanhGelu(nn.GELU):
