@@ -3,9 +3,10 @@
 python scripts/benchmark.py finetune --batch 8 32 128 --profile --json RESULTS/finetune.json
 python scripts/performance_tables.py
 
-RESULTS is docs/results/performance. It holds finetune.json, selection.json, sampling.json and
-vae.json; two_fp32.json and two_bf16.json of finetuning with torchrun; and pairs.json, what
-`profile_grafts.py configs/parallel_pairs.yaml --latency --json` prints.
+RESULTS is docs/results/performance. It holds what benchmark.py's commands give: finetune.json,
+selection.json, sampling.json, vae.json, operators.json and distill.json; of finetuning with
+torchrun, two_fp32.json and two_bf16.json; and pairs.json, what `profile_grafts.py
+configs/parallel_pairs.yaml --latency --json` prints. docs/performance.md has the commands.
 """
 
 import argparse
@@ -92,11 +93,14 @@ def steps(results: Path) -> str:
             )
         works = " and ".join(dict.fromkeys(WORKS[row["work"]] for row in found["rows"]))
         peak = found.get("matmul_peak")
-        made.append(
-            f"{works}: revision {str(found['git_revision'])[:8]}, PyTorch {found['torch']}, "
-            f"{found['hardware']}" + (f", peak {peak:.0f} TFLOP/s" if peak else "")
-        )
+        made.append(f"{works}: {origin(found)}" + (f", peak {peak:.0f} TFLOP/s" if peak else ""))
     return testbed.table(columns, lines) + "\n\n" + "; ".join(made) + "."
+
+
+def origin(found: dict) -> str:
+    """What made a file."""
+    revision = str(found["git_revision"])[:8]
+    return f"revision {revision}, PyTorch {found['torch']}, {found['hardware']}"
 
 
 def kernels(results: Path) -> str:
@@ -122,7 +126,7 @@ def processes(results: Path) -> str:
             where = [f"{found['processes']}", exchange, str(here["batch"])]
             lines.append([*where, *(f"{n:.1f}" for n in numbers)])
     columns = ["GPUs", "exchange", "images a GPU", "published ms", "here ms", "ratio"]
-    return testbed.table(columns, lines)
+    return testbed.table(columns, lines) + f"\n\n{origin(found)}."
 
 
 def pairs(results: Path) -> str:
@@ -136,10 +140,52 @@ def pairs(results: Path) -> str:
     ]
     ratios = (row["plain"]["latency_ms"][n] / row["latency_ms"][n] for n in batches)
     lines.append(["times as fast", *(f"{ratio:.2f}" for ratio in ratios)])
-    return testbed.table(["", *(f"batch {n}" for n in batches)], lines)
+    return testbed.table(["", *(f"batch {n}" for n in batches)], lines) + f"\n\n{origin(found)}."
 
 
-SECTIONS = {"steps": steps, "kernels": kernels, "processes": processes, "pairs": pairs}
+def operators(results: Path) -> str:
+    """Milliseconds of operators, a line for each path."""
+    (found,) = read(results, "operators")
+    times: dict[tuple, dict] = {}
+    for row in found["rows"]:
+        line = times.setdefault((row["operator"], row["tokens"], row["path"]), {})
+        line[f"{row['mode']} {row['pass']}"] = f"{row['ms']:.2f}"
+    columns = list(dict.fromkeys(column for line in times.values() for column in line))
+    lines = [
+        [name, str(tokens), {"torch": "PyTorch", "triton": "Triton", "flex": "FlexAttention"}[path]]
+        + [line.get(column, "") for column in columns]
+        for (name, tokens, path), line in times.items()
+    ]
+    return testbed.table(["operator", "tokens", "path", *columns], lines) + f"\n\n{origin(found)}."
+
+
+def distillation(results: Path) -> str:
+    """A step of Stage 1 beside its teacher's forward alone."""
+    (found,) = read(results, "distill")
+    (row,) = found["rows"]
+    lines = [
+        [what, f"{row[f'{side}_ms']:.1f}", f"{row[rate]:.0f}"]
+        for what, side, rate in (
+            ("teacher's forward alone", "teacher", "teacher_images_per_sec"),
+            ("whole step", "step", "images_per_sec"),
+        )
+    ]
+    said = (
+        f"{100 * row['share_of_teacher']:.1f} % of the teacher's rate (aim: 45 %); 8 000 images x "
+        f"200 epochs in {row['hours_for_8000_x_200']:.2f} hours (aim: 1); peak memory "
+        f"{row['peak_memory_gib']:.1f} GiB (aim: 60); {origin(found)}."
+    )
+    return testbed.table(["", "ms", "images/s"], lines) + "\n\n" + said
+
+
+SECTIONS = {
+    "steps": steps,
+    "kernels": kernels,
+    "processes": processes,
+    "operators": operators,
+    "distillation": distillation,
+    "pairs": pairs,
+}
 
 
 def main(args: argparse.Namespace) -> None:

@@ -35,7 +35,16 @@ def results(tmp_path):
     for exchange in ("fp32", "bf16"):
         write(f"two_{exchange}", measured(*both, processes=2))
     row = {"latency_ms": {"1": 1.0, "2": 2.0}, "plain": {"latency_ms": {"1": 1.5, "2": 2.0}}}
-    write("pairs", {"rows": [row]})
+    write("pairs", measured(row))
+    operator = {"operator": "swa", "tokens": 256, "mode": "eager"}
+    write("operators", measured(
+        operator | {"path": "torch", "pass": "forward", "ms": 1.5},
+        operator | {"path": "triton", "pass": "forward", "ms": 1.0},
+        operator | {"path": "triton", "pass": "training", "ms": 3.0},
+    ))  # fmt: skip
+    distill = {"teacher_ms": 30.0, "teacher_images_per_sec": 2000.4, "step_ms": 60.0}
+    distill |= {"images_per_sec": 1000.2, "share_of_teacher": 0.5, "peak_memory_gib": 12.54}
+    write("distill", measured(distill | {"hours_for_8000_x_200": 0.444}))
     return tmp_path
 
 
@@ -54,6 +63,10 @@ def test_tables_say_what_was_measured(results, tmp_path):
         "| finetuning step, 8 | 9.0 | 0.0 | 0.0 | 0.0 | 0.0 | 0.0 | 1.5 | 0.8 |",
         "| 2 | bf16 | 8 | 100.0 | 25.0 | 4.0 |",
         "| times as fast | 1.50 | 1.00 |",
+        "| swa | 256 | PyTorch | 1.50 |  |",
+        "| swa | 256 | Triton | 1.00 | 3.00 |",
+        "| whole step | 60.0 | 1000 |",
+        "50.0 % of the teacher's rate (aim: 45 %); 8 000 images x 200 epochs in 0.44 hours",
     ):
         assert line in text
     assert "finetuning step: revision 01234567, PyTorch 2.11.0, a GPU, peak 800 TFLOP/s;" in text
