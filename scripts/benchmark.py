@@ -92,8 +92,7 @@ def operators(args: argparse.Namespace) -> None:
                 row = {"operator": name, "tokens": tokens, "batch": batch, "path": path}
                 rows.append({**row, "mode": mode, "pass": kind, "ms": ms})
                 print(f"{name:11} {tokens:6} {batch:5}  {path:27} {mode:8} {kind:8} {ms:8.3f}")
-    if args.json is not None:
-        write_rows(args, world, dtype, rows, hidden_size=args.hidden_size)
+    write_rows(args, world, dtype, rows)
 
 
 def distill(args: argparse.Namespace) -> None:
@@ -328,11 +327,12 @@ def write_rows(
     rows: list[dict],
     **about: object,
 ) -> None:
-    """The rows and what they were measured on, to --json."""
+    """The rows and what they were measured with, to --json."""
     if args.json is None or not world.main:
         return
     about |= environment(world.device) | {"precision": str(dtype).removeprefix("torch.")}
-    about |= {"processes": world.size, "steps": getattr(args, "steps", 1), "rounds": args.rounds}
+    flags = {name: value for name, value in vars(args).items() if name not in ("run", "json")}
+    about |= {"processes": world.size, "flags": flags}
     write_json(Path(args.json), about | {"rows": rows})
 
 

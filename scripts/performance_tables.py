@@ -1,12 +1,10 @@
 """The tables of docs/performance.md, from what benchmark.py and profile_grafts.py have measured.
 
-python scripts/benchmark.py finetune --batch 8 32 128 --profile --json RESULTS/finetune.json
-python scripts/performance_tables.py
+    python scripts/performance_tables.py
 
-RESULTS is docs/results/performance. It holds what benchmark.py's commands give: finetune.json,
-selection.json, sampling.json, vae.json, operators.json and distill.json; of finetuning with
-torchrun, two_fp32.json and two_bf16.json; and pairs.json, what `profile_grafts.py
-configs/parallel_pairs.yaml --latency --json` prints. docs/performance.md has the commands.
+The page has the commands that measure, each with the file in docs/results/performance that its
+--json goes to: finetune, selection, sampling, vae, operators, distill and pairs; two_fp32 and
+two_bf16 of finetuning with torchrun.
 """
 
 import argparse
@@ -16,11 +14,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.files import read_json
+from models.operators.accelerators import KERNELS as PATHS
 from scripts import testbed
 from training import arguments, distributed
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-FIX = "measure it as scripts/performance_tables.py says"
+FIX = "measure it again, docs/performance.md has the command"
 WORKS = {
     "finetune": "finetuning step",
     "selection": "selection step, 75 % SWA, LoRA",
@@ -28,15 +27,27 @@ WORKS = {
     "encode": "VAE encoding",
     "decode": "VAE decoding",
 }
-AIMS = {  # times as fast as the published style
-    ("finetune", 8, "here"): "4",
-    ("finetune", 32, "here"): "2.5",
-    ("finetune", 128, "here"): "60 % of the peak",
-    ("selection", 8, "here"): "5",
-    ("selection", 32, "here"): "2.7",
-    ("sampling", 32, "here"): "2.2",
-    ("sampling", 32, "here, --fp8"): "2.2",
-    ("encode", 64, "here"): "20",
+WANTED = {  # of each file, a key of its rows, and which values that may have
+    "finetune": ("work", ["finetune"]),
+    "selection": ("work", ["selection"]),
+    "sampling": ("work", ["sampling"]),
+    "vae": ("work", ["encode", "decode"]),
+    "two_fp32": ("work", ["finetune"]),
+    "two_bf16": ("work", ["finetune"]),
+    "operators": ("operator", None),
+    "distill": ("share_of_teacher", None),
+    "pairs": ("latency_ms", None),
+}
+# Times as fast as the published style, and the ms of that beside which the aim was set; None: in
+# the same run. An aim below 1 is a share of the peak.
+AIMS = {
+    ("finetune", 8): (4, 118),
+    ("finetune", 32): (2.5, 138),
+    ("finetune", 128): (0.6, None),
+    ("selection", 8): (5, 245),
+    ("selection", 32): (2.7, 205),
+    ("sampling", 32): (2.2, 60.8),
+    ("encode", 64): (20, None),
 }
 KINDS = {  # of kernel_times.py; what is in none of these is "other"
     "products": "products",
@@ -50,12 +61,26 @@ KINDS = {  # of kernel_times.py; what is in none of these is "other"
 
 
 def read(results: Path, *names: str) -> list[dict]:
-    """What was measured, by file; ValueError for one that is missing or not whole."""
-    paths = [results / f"{name}.json" for name in names]
-    for path in paths:
-        if not path.is_file():
-            raise ValueError(f"{path}: missing: {FIX}")
-    return [read_json(path, FIX) for path in paths]
+    """What was measured, by file; ValueError for one that is missing, torn or of something else."""
+    return [_read(results / f"{name}.json", name) for name in names]
+
+
+def _read(path: Path, name: str) -> dict:
+    if not path.is_file():
+        raise ValueError(f"{path}: missing: {FIX}")
+    found, (key, values) = read_json(path, FIX), WANTED[name]
+    rows = found.get("rows") or [{}]
+    if any(row.get(key) is None or (values and row[key] not in values) for row in rows):
+        raise ValueError(f"{path}: holds no rows of {name}: {FIX}")
+    if name == "pairs" and "parallel pairs" not in rows[0].get("model", ""):
+        raise ValueError(f"{path}: is of {rows[0].get('model')}, not of parallel pairs: {FIX}")
+    if name.startswith("two_"):
+        exchange = found.get("flags", {}).get("exchange")
+        if found["processes"] < 2 or exchange not in (None, name.removeprefix("two_")):
+            raise ValueError(
+                f"{path}: is of processes {found['processes']}, --exchange {exchange}: {FIX}"
+            )
+    return found
 
 
 def sides(found: dict) -> list[tuple[dict, dict]]:
@@ -72,8 +97,8 @@ def sides(found: dict) -> list[tuple[dict, dict]]:
 
 def steps(results: Path) -> str:
     """Work beside the published style, and what each file was measured with."""
-    columns = ["work", "images", "published ms", "here ms", "ratio", "aim", "TFLOP/s (of the peak)"]
-    columns += ["GiB published", "GiB here"]
+    columns = ["work", "images", "published ms", "here ms", "ratio", "aim: ratio", "aim: ms"]
+    columns += ["TFLOP/s (of the peak)", "GiB published", "GiB here"]
     lines, made = [], []
     for found in read(results, "finetune", "selection", "sampling", "vae"):
         for public, here in sides(found):
@@ -86,15 +111,30 @@ def steps(results: Path) -> str:
                     f"{public['ms']:.1f}",
                     f"{here['ms']:.1f}",
                     f"{here['ratio']:.1f}",
-                    AIMS.get((work, batch, side), ""),
-                    f"{here['tflops']:.0f} ({100 * rate:.0f} %)" if rate else "",
-                    *(f"{row['peak_memory_gib']:.1f}" for row in (public, here)),
+                    *aim(public, here),
+                    f"{here['tflops']:.0f} ({100 * rate:.1f} %)" if rate else "",
+                    *(memory(row) for row in (public, here)),
                 ]
             )
         works = " and ".join(dict.fromkeys(WORKS[row["work"]] for row in found["rows"]))
         peak = found.get("matmul_peak")
-        made.append(f"{works}: {origin(found)}" + (f", peak {peak:.0f} TFLOP/s" if peak else ""))
-    return testbed.table(columns, lines) + "\n\n" + "; ".join(made) + "."
+        made.append(f"- {works}: {origin(found)}" + (f"; peak {peak:.0f} TFLOP/s" if peak else ""))
+    return "\n".join([testbed.table(columns, lines), "", *made])
+
+
+def aim(public: dict, here: dict) -> list[str]:
+    """What a row was to come to, as a ratio and in ms."""
+    if (here["work"], here["batch"]) not in AIMS:
+        return ["", ""]
+    ratio, beside = AIMS[here["work"], here["batch"]]
+    if ratio < 1:
+        share = here.get("share_of_peak")
+        return [f"{100 * ratio:.0f} %", f"{here['ms'] * share / ratio:.1f}" if share else ""]
+    return [f"{ratio}", f"{(beside or public['ms']) / ratio:.1f}"]
+
+
+def memory(row: dict) -> str:
+    return f"{row['peak_memory_gib']:.1f}" if "peak_memory_gib" in row else ""
 
 
 def origin(found: dict) -> str:
@@ -109,24 +149,25 @@ def kernels(results: Path) -> str:
     for found in read(results, "finetune", "selection", "sampling"):
         for _, row in sides(found):
             if kinds := row.get("kinds"):
-                named = [kinds.get(kind, 0.0) for kind in KINDS.values()]
-                numbers = [*named, sum(kinds.values()) - sum(named)]
+                other = sum(ms for kind, ms in kinds.items() if kind not in KINDS.values())
+                numbers = [*(kinds.get(kind) for kind in KINDS.values()), other]
                 title = f"{WORKS[row['work']]}, {row['batch']}"
-                lines.append([title, *(f"{ms:.1f}" for ms in numbers)])
+                lines.append([title, *("" if ms is None else f"{ms:.1f}" for ms in numbers)])
     return testbed.table(["", *KINDS, "other"], lines)
 
 
 def processes(results: Path) -> str:
     """Finetuning on several GPUs, by how they exchange gradients."""
-    lines = []
+    lines, made = [], []
     for exchange in ("fp32", "bf16"):
         (found,) = read(results, f"two_{exchange}")
         for public, here in sides(found):
             numbers = (public["ms"], here["ms"], here["ratio"])
             where = [f"{found['processes']}", exchange, str(here["batch"])]
             lines.append([*where, *(f"{n:.1f}" for n in numbers)])
+        made.append(f"- {exchange}: {origin(found)}")
     columns = ["GPUs", "exchange", "images a GPU", "published ms", "here ms", "ratio"]
-    return testbed.table(columns, lines) + f"\n\n{origin(found)}."
+    return "\n".join([testbed.table(columns, lines), "", *made])
 
 
 def pairs(results: Path) -> str:
@@ -152,11 +193,15 @@ def operators(results: Path) -> str:
         line[f"{row['mode']} {row['pass']}"] = f"{row['ms']:.2f}"
     columns = list(dict.fromkeys(column for line in times.values() for column in line))
     lines = [
-        [name, str(tokens), {"torch": "PyTorch", "triton": "Triton", "flex": "FlexAttention"}[path]]
+        [name, str(tokens), " + ".join(_name_of(part) for part in path.split(" + "))]
         + [line.get(column, "") for column in columns]
         for (name, tokens, path), line in times.items()
     ]
     return testbed.table(["operator", "tokens", "path", *columns], lines) + f"\n\n{origin(found)}."
+
+
+def _name_of(path: str) -> str:
+    return PATHS[path].name if path in PATHS else "PyTorch"
 
 
 def distillation(results: Path) -> str:
@@ -190,6 +235,10 @@ SECTIONS = {
 
 def main(args: argparse.Namespace) -> None:
     made = {name: section(args.results) for name, section in SECTIONS.items()}
+    page = args.page.read_text(encoding="utf-8") if args.page.is_file() else ""
+    for name in made:
+        if f"{Path(__file__).name} {name} -->" not in page:
+            raise ValueError(f"{args.page}: has no place for the table {name!r}; see --page")
     for name, text in made.items():
         testbed.write_tables(args.page, f"{Path(__file__).name} {name}", text)
 
@@ -197,12 +246,18 @@ def main(args: argparse.Namespace) -> None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = arguments.parser(__doc__)
     add = parser.add_argument
-    add("--results", type=Path, default=REPOSITORY / "docs" / "results" / "performance")
+    add(
+        "--results",
+        type=Path,
+        default=REPOSITORY / "docs" / "results" / "performance",
+        help="folder of what was measured (default: docs/results/performance)",
+    )
     add(
         "--page",
         type=Path,
         default=REPOSITORY / "docs" / "performance.md",
-        help="where the tables go, each between two markers of its own",
+        help="where the tables go, each between the two lines that name it (default: "
+        "docs/performance.md)",
     )
     return parser.parse_args(argv)
 

@@ -60,8 +60,8 @@ def main(args: argparse.Namespace) -> None:
     if not args.json:
         print(show(rows))
         return
-    timed = distributed.start(args.device).device if args.latency else None
-    print(json.dumps({**environment(timed), "rows": rows}, indent=2))
+    device = distributed.start(args.device).device if args.latency else None
+    print(json.dumps({**environment(device), "flags": vars(args), "rows": rows}, indent=2))
 
 
 # -- graft YAMLs ---------------------------------------------------------------

@@ -24,7 +24,7 @@ def test_benchmark_of_distillation(tmp_path, capsys):
 def test_benchmark_of_operators(tmp_path, capsys):
     command = "operators --hidden-size 48 --tokens 64 16 --batch-tokens 128 --modes eager"
     stored = measure(tmp_path, command)
-    assert stored["hardware"].endswith("(cpu)") and stored["hidden_size"] == 48
+    assert stored["hardware"].endswith("(cpu)") and stored["flags"]["hidden_size"] == 48
     rows = {(r["operator"], r["tokens"], r["batch"], r["pass"]): r for r in stored["rows"]}
     assert len(rows) == len(stored["rows"]) == len(benchmark.FILES) * 2 * 2
     assert {"swa", "mamba2", "mha", "mlp_hyena_x"} <= {r["operator"] for r in stored["rows"]}

@@ -25,7 +25,11 @@ def results(tmp_path):
     kinds = {"products": 9.0, "no kernel": 1.5, "copies": 0.5, "convolutions": 0.25}
     fast = {"tflops": 400.0, "share_of_peak": 0.5, "kinds": kinds}
     both = [side("finetune", 8, 100.0, "published"), side("finetune", 8, 25.0, **fast)]
-    write("finetune", measured(*both, matmul_peak=800.0))
+    large = (
+        side("finetune", 128, 90.0, "published"),
+        side("finetune", 128, 100.0, tflops=400.0, share_of_peak=0.45),
+    )
+    write("finetune", measured(*both, *large, matmul_peak=800.0))
     write("selection", measured(side("selection", 8, 100.0, "published"), side("selection", 8, 20)))
     low = side("sampling", 32, 40, "here, --fp8")
     write("sampling", measured(side("sampling", 32, 100, "published"), low))
@@ -34,7 +38,11 @@ def results(tmp_path):
     write("vae", measured(*coding))
     for exchange in ("fp32", "bf16"):
         write(f"two_{exchange}", measured(*both, processes=2))
-    row = {"latency_ms": {"1": 1.0, "2": 2.0}, "plain": {"latency_ms": {"1": 1.5, "2": 2.0}}}
+    row = {
+        "model": "DiT-XL/2 at 256 px, 14 parallel pairs",
+        "latency_ms": {"1": 1.0, "2": 2.0},
+        "plain": {"latency_ms": {"1": 1.5, "2": 2.0}},
+    }
     write("pairs", measured(row))
     operator = {"operator": "swa", "tokens": 256, "mode": "eager"}
     write("operators", measured(
@@ -57,10 +65,12 @@ def test_tables_say_what_was_measured(results, tmp_path):
     performance_tables.main(performance_tables.parse_args(argv))
     text = page.read_text()
     for line in (
-        "| finetuning step | 8 | 100.0 | 25.0 | 4.0 | 4 | 400 (50 %) | 10.0 | 2.5 |",
-        "| guided reverse step, `--fp8` | 32 | 100.0 | 40.0 | 2.5 | 2.2 |  | 10.0 | 4.0 |",
-        "| VAE decoding | 64 | 100.0 | 10.0 | 10.0 |  |  | 10.0 | 1.0 |",
-        "| finetuning step, 8 | 9.0 | 0.0 | 0.0 | 0.0 | 0.0 | 0.0 | 1.5 | 0.8 |",
+        "| finetuning step | 8 | 100.0 | 25.0 | 4.0 | 4 | 29.5 | 400 (50.0 %) | 10.0 | 2.5 |",
+        "| finetuning step | 128 | 90.0 | 100.0 | 1.0 | 60 % | 75.0 | 400 (45.0 %) | 9.0 | 10.0 |",
+        "| guided reverse step, `--fp8` | 32 | 100.0 | 40.0 | 2.5 | 2.2 | 27.6 |  | 10.0 | 4.0 |",
+        "| VAE encoding | 64 | 100.0 | 10.0 | 10.0 | 20 | 5.0 |  | 10.0 | 1.0 |",
+        "| VAE decoding | 64 | 100.0 | 10.0 | 10.0 |  |  |  | 10.0 | 1.0 |",
+        "| finetuning step, 8 | 9.0 |  |  |  |  |  | 1.5 | 0.8 |",
         "| 2 | bf16 | 8 | 100.0 | 25.0 | 4.0 |",
         "| times as fast | 1.50 | 1.00 |",
         "| swa | 256 | PyTorch | 1.50 |  |",
@@ -69,15 +79,49 @@ def test_tables_say_what_was_measured(results, tmp_path):
         "50.0 % of the teacher's rate (aim: 45 %); 8 000 images x 200 epochs in 0.44 hours",
     ):
         assert line in text
-    assert "finetuning step: revision 01234567, PyTorch 2.11.0, a GPU, peak 800 TFLOP/s;" in text
-    assert "VAE encoding and VAE decoding: revision 01234567" in text
+    assert (
+        "\n- finetuning step: revision 01234567, PyTorch 2.11.0, a GPU; peak 800 TFLOP/s\n" in text
+    )
+    assert "\n- VAE encoding and VAE decoding: revision 01234567" in text
     assert "old" not in text and text.endswith("end\n")
 
 
-def test_what_is_missing_is_named_and_nothing_is_written(results, tmp_path):
-    (results / "pairs.json").unlink()
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("pairs", None, "missing: measure it again, docs/performance.md has the command"),
+        ("vae", "{", "is not whole JSON"),
+        ("finetune", "operators", "holds no rows of finetune: measure it again"),
+        ("selection", "finetune", "holds no rows of selection"),
+        ("distill", "vae", "holds no rows of distill"),
+        ("pairs", {"rows": [{"model": "a", "latency_ms": None}]}, "holds no rows of pairs"),
+        ("pairs", {"rows": [{"model": "a", "latency_ms": {}}]}, "is of a, not of parallel pairs"),
+        ("two_bf16", "finetune", "is of processes 1, --exchange None"),
+        ("two_fp32", {"flags": {"exchange": "bf16"}}, "is of processes 2, --exchange bf16"),
+    ],
+)
+def test_what_cannot_be_is_named_and_nothing_is_written(results, tmp_path, name, content, said):
+    path = results / f"{name}.json"
+    if content is None:
+        path.unlink()
+    elif content == "{":
+        path.write_text(content)
+    elif isinstance(content, str):
+        path.write_text((results / f"{content}.json").read_text())
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | content))
     page = tmp_path / "page.md"
     argv = ["--results", str(results), "--page", str(page)]
-    with pytest.raises(ValueError, match=r"pairs\.json: missing: measure it as"):
+    with pytest.raises(ValueError, match=rf"{name}\.json.*{said}"):
         performance_tables.main(performance_tables.parse_args(argv))
     assert not page.exists()
+
+
+def test_a_page_needs_a_place_for_every_table(results, tmp_path):
+    page = tmp_path / "page.md"
+    before = "<!-- results: written by scripts/performance_tables.py steps -->\n"
+    page.write_text(before)
+    argv = ["--results", str(results), "--page", str(page)]
+    with pytest.raises(ValueError, match=r"page\.md: has no place for the table 'kernels'"):
+        performance_tables.main(performance_tables.parse_args(argv))
+    assert page.read_text() == before

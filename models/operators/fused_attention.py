@@ -32,7 +32,8 @@ def fused_attention(
     """Attention of queries, keys and values that lie side by side, on CUDA in half precision.
 
     Args:
-        qkv: [B, T, 3 * heads * d]; of a token all queries, then all keys, then all values.
+        qkv: [B, T, 3 * heads * d]; of a token all queries, then all keys, then all values. d: at
+            most 128.
         window: token i sees tokens i - window[0] .. i + window[1]; None: all.
         scale: of the products of queries and keys; None: 1 / sqrt(d).
 
