@@ -47,8 +47,16 @@ def main(args: argparse.Namespace) -> None:
     dtype = precision.choose(args.precision, world.device)
     precision.allow_tf32(dtype != torch.float32)
     if args.captions is None:
+        for flag, value in (
+            ("--text-encoder", args.text_encoder),
+            ("--max-tokens", args.max_tokens),
+        ):
+            if value is not None:
+                raise ValueError(f"{flag} {value} is of captions: add --captions, or leave it out")
         pictures = LabelledImages(args.data_path, args.image_size)
     else:
+        args.text_encoder = args.text_encoder or "t5"
+        args.max_tokens = args.max_tokens or MAX_TOKENS
         source = f"--captions {args.captions}"
         found = read_captions(args.captions)
         pictures = CaptionedImages(args.data_path, args.image_size, found, source)
@@ -234,11 +242,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--text-encoder",
-        default="t5",
-        help="of the captions: t5 (PixArt-Sigma's, from pretrained/ or the hub) or a folder with "
-        "text_encoder/ and tokenizer/",
+        help="of the captions: t5 (PixArt-Sigma's, from pretrained/ or the hub; so if unset) or a "
+        "folder with text_encoder/ and tokenizer/",
     )
-    add("--max-tokens", type=arguments.positive, default=MAX_TOKENS, help="captions are cut there")
+    add("--max-tokens", type=arguments.positive, help=f"of a caption (unset: {MAX_TOKENS})")
     add(
         "--no-mirror",
         action="store_true",

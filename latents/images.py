@@ -64,7 +64,7 @@ class LabelledImages(torch.utils.data.Dataset):
         if not self.class_names:
             raise FileNotFoundError(
                 f"image folder {root} holds no class folders; --data-path needs "
-                "<class>/<picture> below it"
+                "<class>/<picture> below it, or --captions for pictures without classes"
             )
         self.paths: list[str] = []
         labels: list[int] = []

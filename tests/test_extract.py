@@ -205,6 +205,11 @@ def test_impossible_settings_are_named(pictures, tmp_path, vae):
         extract(pictures, tmp_path / "out", vae, "--num-classes", "2")
     with pytest.raises(ValueError, match="--image-size 15 is not divisible by 2"):
         extract(pictures, tmp_path / "out", vae, "--image-size", "15")
+    for flag, value in (("--max-tokens", "3"), ("--text-encoder", "t5")):
+        with pytest.raises(ValueError, match=f"{flag} {value} is of captions: add --captions"):
+            extract(pictures, tmp_path / "out", vae, flag, value)
+    with pytest.raises(FileNotFoundError, match="below it, or --captions for pictures without"):
+        extract(pictures / "class0", tmp_path / "out", vae)
     extract(pictures, tmp_path / "out", vae)
     Image.new("RGB", (16, 16)).save(pictures / "class0" / "new.png")
     with pytest.raises(ValueError, match="count was 12 and is now 13; choose another"):
