@@ -48,7 +48,11 @@ def mix(original: torch.Tensor, graft: torch.Tensor, keep: torch.Tensor | None) 
 
 def check_keep(keep: torch.Tensor | None, batch: int, depth: int) -> None:
     """ValueError for a keep of another shape than a model of `depth` blocks takes."""
-    if keep is not None and tuple(keep.shape[:2]) not in ((depth,), (batch, depth), (1, depth)):
+    if keep is None:
+        return
+    # number by number: torch.compile finds no tuple of dynamic sizes among others
+    shape = (1, *keep.shape) if keep.ndim < 2 else keep.shape
+    if keep.ndim == 0 or shape[1] != depth or (shape[0] != 1 and shape[0] != batch):
         raise ValueError(
             f"keep has shape {list(keep.shape)}; legal is [{depth}] or [{batch}, {depth}], and "
             f"[{batch}, {depth}, 1 + variants] where several grafts compete"
