@@ -245,7 +245,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="of the captions: t5 (PixArt-Sigma's, from pretrained/ or the hub; so if unset) or a "
         "folder with text_encoder/ and tokenizer/",
     )
-    add("--max-tokens", type=arguments.positive, help=f"of a caption (unset: {MAX_TOKENS})")
+    add(
+        "--max-tokens",
+        type=arguments.positive,
+        help=f"captions are cut there (unset: {MAX_TOKENS})",
+    )
     add(
         "--no-mirror",
         action="store_true",

@@ -49,15 +49,9 @@ AIMS = {
     ("sampling", 32): (2.2, 60.8),
     ("encode", 64): (20, None),
 }
-KINDS = {  # of kernel_times.py; what is in none of these is "other"
-    "products": "products",
-    "attention": "attention",
-    "modulation": "modulation",
-    "GELU": "GELU",
-    "Inductor's": "Inductor's own",
-    "optimiser, averages, norms": "optimiser, averages, norms",
-    "no kernel": "no kernel",
-}
+# Of kernel_times.py; what is in none of these is "other"
+KINDS = ("products", "attention", "modulation", "GELU", "Inductor's own")
+KINDS += ("optimiser, averages, norms", "no kernel")
 
 
 def read(results: Path, *names: str) -> list[dict]:
@@ -149,8 +143,8 @@ def kernels(results: Path) -> str:
     for found in read(results, "finetune", "selection", "sampling"):
         for _, row in sides(found):
             if kinds := row.get("kinds"):
-                other = sum(ms for kind, ms in kinds.items() if kind not in KINDS.values())
-                numbers = [*(kinds.get(kind) for kind in KINDS.values()), other]
+                other = sum(ms for kind, ms in kinds.items() if kind not in KINDS)
+                numbers = [*(kinds.get(kind) for kind in KINDS), other]
                 title = f"{WORKS[row['work']]}, {row['batch']}"
                 lines.append([title, *("" if ms is None else f"{ms:.1f}" for ms in numbers)])
     return testbed.table(["", *KINDS, "other"], lines)
@@ -201,7 +195,7 @@ def operators(results: Path) -> str:
 
 
 def _name_of(path: str) -> str:
-    return PATHS[path].name if path in PATHS else "PyTorch"
+    return "PyTorch" if path == "torch" else PATHS[path].name
 
 
 def distillation(results: Path) -> str:
