@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
         )
     model.to(world.device).eval()
     paths = accelerate(model, world.device, dtype, model.num_tokens, args.kernels)
-    quicken(model, dtype, args.fp8)
+    paths += quicken(model, dtype, args.fp8)
     codec = load_codec(str(vae_path), world.device, dtype, name=vae)
     if codec.downsample * plan.input_size != plan.image_size or codec.channels != model.in_channels:
         raise ValueError(

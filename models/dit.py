@@ -24,7 +24,7 @@ from models.operators.modulation import (
     norm,
 )
 from models.recompute import run_block
-from models.restructure import PairEnd, run_pair
+from models.restructure import STACKED_ROWS, PairEnd, run_pair
 from models.selection import check_keep, run_slot
 from models.streams import ahead
 
@@ -250,6 +250,7 @@ class DiT(nn.Module):
             DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)
         )
         self.merges = nn.ModuleDict()  # of parallel pairs, by their first block
+        self.stacks = nn.ModuleDict()  # blocks that stand for both of a pair (models/inference.py)
         self.end_pair = PairEnd()
         self.recomputes = False  # models/recompute.py
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
@@ -314,21 +315,30 @@ class DiT(nn.Module):
             shares = [None] * len(self.blocks)
         else:
             shares = keep.unbind(-1 if keep.ndim < 3 else 1)  # 0-d, [B], or [B, 1 + variants]
+        few = not torch.is_grad_enabled() and x.shape[0] * x.shape[1] <= STACKED_ROWS
+        stacks = dict(self.stacks) if few else {}
+        layers = self.layers
+        held = [
+            [stacks[str(layer[0])]]
+            if len(layer) == 2 and str(layer[0]) in stacks
+            else [self.blocks[i] for i in layer]
+            for layer in layers
+        ]
         parts = [None] * len(self.blocks)
         if not torch.is_grad_enabled():  # they wait for c alone, and no block need wait for them
-            parts = ahead([partial(block.adaLN_modulation, c) for block in self.blocks], x.device)
+            modulations = [block.adaLN_modulation for blocks in held for block in blocks]
+            parts = ahead([partial(modulation, c) for modulation in modulations], x.device)
         one = torch.ones_like(c) if self.merges else None  # the gate of what a pair adds
-        parts, layers, before = iter(parts), self.layers, None
-        for layer in layers:
-            held = [self.blocks[i] for i in layer]
+        parts, before = iter(parts), None
+        for layer, blocks in zip(layers, held, strict=True):
             ended = hidden is not None or layer is layers[-1]
             if len(layer) == 1:
                 given = (shares[layer[0]], before, ended, next(parts))
-                x = run_block(self, held[0], x, c, *given)
+                x = run_block(self, *blocks, x, c, *given)
             else:
                 merge, keeps = self.merges[str(layer[0])], [shares[i] for i in layer]
-                given = (merge, keeps, before, [next(parts) for _ in layer], self.end_pair)
-                x, change = run_block(self, run_pair, x, c, *held, *given)
+                given = (merge, keeps, before, [next(parts) for _ in blocks], self.end_pair)
+                x, change = run_block(self, run_pair, x, c, blocks, *given)
                 x = x + change if ended else (x, (change, one))
             x, before = (x, None) if ended else x
             if hidden is not None:

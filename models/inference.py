@@ -1,24 +1,35 @@
 """What makes a trained model faster to run, and no longer one to train."""
 
+import copy
 from functools import cache
 
 import torch
 from timm.models.vision_transformer import Mlp
 from torch import nn
 
+from models import cublaslt
+from models.operators.accelerators import kind_of
+from models.restructure import STACKED_ROWS
+from models.selection import GraftChoice, GraftPair
+
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = torch.finfo(FLOAT8).max
 FLOAT8_MULTIPLE = 16  # of widths, as the product needs it
+TOLERANCE = 1e-2  # of the check of stacked products, by the norm; bf16 in, bf16 out
 
 
-def quicken(model: nn.Module, dtype: torch.dtype, float8: bool = False) -> None:
+def quicken(model: nn.Module, dtype: torch.dtype, float8: bool = False) -> list[str]:
     """Prepares a DiT on its device for inference under autocast to `dtype`, in place.
 
     The weights of matrix products and patches are stored in `dtype`; autocast would cast them at
     every call, to the same numbers. Norms, tables, scans and their parameters stay as they are.
-    On CUDA in bf16 the MLPs' GELU becomes a part of the product before it.
+    On CUDA in bf16 the MLPs' GELU becomes a part of the product before it, and parallel pairs whose
+    blocks are alike run as one block where samples are few, see `stack`.
 
     float8: the products in both slots of all blocks take 8-bit floats, see `Float8Linear`.
+
+    Returns:
+        Lines for the log: how the pairs run, if there are any.
 
     Raises:
         ValueError: float8 where there is none.
@@ -40,6 +51,125 @@ def quicken(model: nn.Module, dtype: torch.dtype, float8: bool = False) -> None:
             if isinstance(block.mlp, Mlp) and _is_tanh_gelu(block.mlp.act):
                 block.mlp.fc1 = GeluLinear(block.mlp.fc1)
                 block.mlp.act = nn.Identity()
+        return stack_pairs(model)
+    return [TWO_PASSES] if model.merges else []
+
+
+TWO_PASSES = "parallel pairs: two passes, one a block"
+
+
+def stack_pairs(model: nn.Module) -> list[str]:
+    """Gives a DiT's parallel pairs their stacked form, where there is one -> lines for the log."""
+    if not model.merges:
+        return []
+    reason = stacked_refusal(next(model.parameters()).device)
+    if reason:
+        return [f"{TWO_PASSES} (stacked products {reason})"]
+    apart = []
+    for first, merge in ((int(key), merge) for key, merge in model.merges.items()):
+        block = None
+        if isinstance(merge, nn.Linear):  # and no open choice
+            block = stack(model.blocks[first], model.blocks[first + 1])
+        if block is None:
+            apart.append(f"{first} and {first + 1}")
+        else:
+            model.stacks[str(first)] = block
+    lines = []
+    if model.stacks:
+        few = f"up to {STACKED_ROWS} tokens in a pass"
+        lines.append(f"parallel pairs: one pass of both blocks {few}: {len(model.stacks)}")
+    if apart:
+        lines.append(f"{TWO_PASSES}, of blocks that do not stack: {'; '.join(apart)}")
+    return lines
+
+
+def stack(first: nn.Module, second: nn.Module) -> nn.Module | None:
+    """Two DiTBlocks as one that gives what both add to B samples, as if these were 2 B: what the
+    first one adds to each, then what the second one adds.
+
+    Their linear layers lie side by side in it, and their own weights become views of that. None
+    where the blocks differ in more than weights, have tensors outside of linear layers with biases,
+    widths that are no multiples of 8, or choices that are still open.
+    """
+    layers = {n: m for n, m in first.named_modules() if [*m.parameters(recurse=False)]}
+    alike = kind_of(first) == kind_of(second) and not [*first.buffers()]
+    is_open = any(isinstance(m, (GraftPair, GraftChoice)) for m in first.modules())
+    if not alike or is_open or not all(map(_stacks, layers.values())):
+        return None
+    both = copy.deepcopy(first, {id(p): p for p in first.parameters()})
+    for name, layer in layers.items():
+        both.set_submodule(name, StackedLinear([layer, second.get_submodule(name)]))
+    both.adaLN_modulation.insert(0, Twice())
+    return both
+
+
+def _stacks(layer: nn.Module) -> bool:
+    linear = isinstance(layer, (nn.Linear, GeluLinear)) and layer.bias is not None
+    return linear and not any(n % 8 for n in layer.weight.shape)
+
+
+class Twice(nn.Module):
+    """Everything once more, after the last: [B, ...] -> [2 B, ...]"""
+
+    def forward(self, c: torch.Tensor) -> torch.Tensor:
+        return torch.cat([c, c])
+
+
+class StackedLinear(nn.Module):
+    """Linear layers of one shape side by side: each takes its share of the samples.
+
+    [G * B, ..., in] -> [G * B, ..., out], of G layers. They may be `GeluLinear`s. Their tensors
+    become views of the stacked ones.
+    """
+
+    def __init__(self, layers: list[nn.Module]):
+        super().__init__()
+        self.gelu = isinstance(layers[0], GeluLinear)
+        with torch.no_grad():
+            weight, bias = (
+                torch.stack([getattr(layer, name) for layer in layers])
+                for name in ("weight", "bias")
+            )
+        self.weight, self.bias = (nn.Parameter(t, requires_grad=False) for t in (weight, bias))
+        for layer, own_weight, own_bias in zip(layers, weight, bias, strict=True):
+            layer.weight.data, layer.bias.data = own_weight, own_bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        groups, width, depth = self.weight.shape
+        rows = x.to(self.weight.dtype).reshape(groups, -1, depth)
+        return stacked_linear(rows, self.weight, self.bias, self.gelu).view(*x.shape[:-1], width)
+
+
+@torch.library.custom_op("grafts::stacked_linear", mutates_args=())
+def stacked_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, gelu: bool
+) -> torch.Tensor:
+    """x [G,M,K], weight [G,N,K], bias [G,N] -> [G,M,N], or the tanh form of GELU of it."""
+    if x.is_cuda:
+        return cublaslt.linear(x, weight, bias, gelu)
+    return cublaslt.by_pytorch(x, weight, bias, gelu)
+
+
+@stacked_linear.register_fake
+def _(x, weight, bias, gelu):
+    return x.new_empty((*x.shape[:2], weight.shape[1]))
+
+
+def stacked_refusal(device: torch.device) -> str:
+    """Why there are no stacked products here, or ""."""
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = (2, 96, 64), (2, 128, 64), (2, 128)
+    given = [torch.randn(s, device=device, generator=generator).bfloat16() for s in shapes]
+    for gelu in (False, True):
+        expected = cublaslt.by_pytorch(*(t.float() for t in given), gelu)
+        try:
+            found = stacked_linear(*given, gelu).float()
+        except (OSError, AttributeError, RuntimeError) as failure:  # no such library, or another
+            return f"do not run here: {failure}".splitlines()[0]
+        error = ((found - expected).norm() / expected.norm()).nan_to_num(torch.inf).item()
+        if error > TOLERANCE:
+            return f"disagree by {error:.0e}"
+    return ""
 
 
 class GeluLinear(nn.Module):

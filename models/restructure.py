@@ -24,6 +24,7 @@ from models.selection import PairChoice, mix
 from models.streams import beside
 
 Pair = tuple[int, int]
+STACKED_ROWS = 1024  # samples x tokens up to which a pair runs as one block, see inference.py
 MERGES = "merges."  # how the names of the merges' tensors begin
 
 
@@ -111,8 +112,7 @@ class PairEnd(nn.Module):
 def run_pair(
     x: torch.Tensor,
     c: torch.Tensor,
-    first: nn.Module,
-    second: nn.Module,
+    blocks: Sequence[nn.Module],
     merge: nn.Linear | PairChoice,
     shares: Sequence[torch.Tensor | None] = (None, None),
     before: Addend | None = None,
@@ -124,7 +124,7 @@ def run_pair(
     Args:
         x: tokens [B,T,D].
         c: condition [B,D].
-        first, second: DiTBlocks.
+        blocks: two DiTBlocks, or one that stands for both, see `stack` of models/inference.py.
         merge: W and b, or the open choice between W [F_a; F_b] + b and the blocks in sequence.
         shares: the keep of each block, see `DiT.forward`.
         before: what is still to be added to x, see `DiTBlock.forward`.
@@ -135,6 +135,11 @@ def run_pair(
         [B,T,D] each: x with `before`, and the change.
     """
     rows = x.shape[0] * x.shape[1]
+    if len(blocks) == 1:
+        x, addends = blocks[0](x, c, None, before, parts=parts[0], apart=True)
+        halves = [[t.chunk(2) for t in addend] for addend in addends]  # those of each block
+        return x, end([tuple((a[i], g[i]) for a, g in halves) for i in (0, 1)], merge)
+    first, second = blocks
     if isinstance(merge, PairChoice):
         x = x if before is None else add(x, before)
         in_sequence = second(first(x, c), c) - x
@@ -143,7 +148,7 @@ def run_pair(
         return x, end((one, other), merge.merge, shares[0], in_sequence)
     a, b = (
         partial(block, x, c, keep, before, parts=part, apart=True)
-        for block, keep, part in zip((first, second), shares, parts, strict=True)
+        for block, keep, part in zip(blocks, shares, parts, strict=True)
     )
     (x, one), (_, other) = beside(a, b, x.device, rows)
     return x, end((one, other), merge)
@@ -162,4 +167,4 @@ class ParallelPair(nn.Module):
         self.merges = nn.ModuleDict({str(pair[0]): model.merges[str(pair[0])]})
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        return run_pair(x, c, *self.blocks.values(), self.merges[str(self.pair[0])])[1]
+        return run_pair(x, c, [*self.blocks.values()], self.merges[str(self.pair[0])])[1]

@@ -9,6 +9,7 @@ what it stands for.
 Not a command.
 """
 
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -201,7 +202,8 @@ def sampling(setting: Setting, fp8: bool = False) -> Step:
     world = setting.world
     model = random_dit(setting.plan, world.device).eval()
     accelerate(model, world.device, setting.dtype, model.num_tokens, setting.kernels)
-    quicken(model, setting.dtype, fp8)
+    for line in quicken(model, setting.dtype, fp8):
+        print(line, file=sys.stderr)
     (normal,) = compile_functions(world, setting.compile, noise.normal)
     compile_models(world, setting.compile, model)
     index = torch.arange(setting.batch, device=world.device)

@@ -108,9 +108,9 @@ def latency(plan: GraftPlan, batch: int, args: argparse.Namespace) -> float:
     for buffer in model.buffers():
         buffer.zero_()  # PixArt's position table
     dtype = precision.choose(args.precision, device)
-    for line in accelerate(model, device, dtype, model.num_tokens, args.kernels):
+    lines = accelerate(model, device, dtype, model.num_tokens, args.kernels)
+    for line in [*lines, *quicken(model, dtype)]:
         print(line, file=sys.stderr)
-    quicken(model, dtype)
     compile_models(world, args.compile, model)
     forward = graphed(world, args.compile, model, reduces=False)
     side = plan.input_size

@@ -25,7 +25,7 @@ from test_prune import forms, select_form
 
 from latents import group_norm
 from latents.store import open_latents
-from models import restructure, streams
+from models import cublaslt, restructure, streams
 from models.dit import DiT, build_dit
 from models.grafting import build_grafted, load_plan
 from models.inference import quicken
@@ -622,21 +622,53 @@ def test_models_prepared_for_sampling_compute_the_same():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("float8", [False, True], ids=["bf16", "fp8"])
-def test_pairs_in_a_graph_run_on_two_streams_and_compute_the_same(monkeypatch, float8):
-    """The calls before the capture, on one stream, and those of the graph after it."""
+@pytest.mark.parametrize("gelu", [False, True], ids=["linear", "gelu"])
+@pytest.mark.parametrize("rows", [1, 2, 96, 1024])
+@pytest.mark.parametrize(
+    ("width", "depth"), [(6912, 1152), (3456, 1152), (1152, 1152), (1152, 4608), (128, 64)]
+)
+def test_stacked_products_are_those_of_float32(width, depth, rows, gelu):
+    """By the way that cuBLASLt recommends first, by that which is taken, and in a graph."""
+    torch.manual_seed(0)
+    shapes = (2, rows, depth), (2, width, depth), (2, width)
+    x, weight, bias = (torch.randn(s, device="cuda").bfloat16() for s in shapes)
+    weight *= depth**-0.5
+    exact = torch.baddbmm(bias.float()[:, None], x.float(), weight.float().mT)
+    exact = torch.nn.functional.gelu(exact, approximate="tanh") if gelu else exact
+    product = cublaslt._product(x.device, *x.shape, width, gelu)
+    graph, found = torch.cuda.CUDAGraph(), [exact.bfloat16().zero_()]
+    product.run(product.ways[0], x, weight, bias, found[0])
+    found.append(cublaslt.linear(x, weight, bias, gelu))
+    assert product.settled and product.ways
+    with torch.cuda.graph(graph):
+        found.append(cublaslt.linear(x, weight, bias, gelu))
+    graph.replay()
+    for y in found:
+        assert distance(y, exact) < 4e-3
+    assert torch.equal(found[1], found[2])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["stacked", "bf16", "fp8"])
+def test_pairs_in_a_graph_compute_the_same(monkeypatch, how):
+    """On two streams, or as one block; before the capture, on one stream, and in the graph."""
+    float8 = how == "fp8"
     pairs, forks, stream = ((0, 1), (2, 3), (5, 6)), [], streams._stream
     monkeypatch.setattr(streams, "_stream", lambda d, use: forks.append(use) or stream(d, use))
     inputs = inputs_of(6)
     exact, model = (strong_dit(depth=7, pairs=pairs, gain=1.5).eval() for _ in range(2))
     exact, alone = exact(*inputs), World(0, 0, 1, torch.device("cuda"))
     accelerators.accelerate(model, alone.device, torch.bfloat16, 64)
-    quicken(model, torch.bfloat16, float8)
+    said = quicken(model, torch.bfloat16, float8)
+    if how == "stacked":
+        assert said == ["parallel pairs: one pass of both blocks up to 1024 tokens in a pass: 3"]
+    else:
+        model.stacks.clear()
     compile_models(alone, True, model)
     forward = graphed(alone, True, model, reduces=False)
     with torch.autocast("cuda", dtype=torch.bfloat16):
         found = [forward(**dict(zip("xty", inputs, strict=True))).clone() for _ in range(20)]
-    assert forks == ["ahead", *["beside"] * len(pairs)]
+    assert forks == ["ahead", *["beside"] * (0 if how == "stacked" else len(pairs))]
     errors = [distance(y, exact) for y in found]
     print(errors[0], errors[-1])
     assert max(errors) < (1.5e-1 if float8 else 3e-2)

@@ -1,17 +1,29 @@
 """models/inference.py on the CPU: what is prepared computes the same."""
 
+import ctypes
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from models import cublaslt, inference
 from models.dit import DiT
-from models.inference import Float8Linear, quicken, to_float8
+from models.inference import Float8Linear, GeluLinear, quicken, stack, stack_pairs, to_float8
+from models.operators import build_operator
 from models.restructure import parallelize
 
 
-def tiny(pairs=()):
+def inputs(dtype=torch.float32):
+    return torch.randn(2, 4, 8, 8, dtype=dtype), torch.tensor([3, 900]), torch.tensor([1, 5])
+
+
+def tiny(pairs=(), windows=()):
+    """windows: blocks whose attention is local."""
     torch.manual_seed(0)
     model = DiT(input_size=8, hidden_size=64, depth=4, num_heads=4, num_classes=5)
+    for block in windows:
+        model.blocks[block].attn = build_operator("swa", embed_dim=64, num_heads=4)
     for parameter in model.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.1)
@@ -20,14 +32,110 @@ def tiny(pairs=()):
 
 @pytest.mark.parametrize("pairs", [(), ((1, 2),), ((0, 1), (2, 3))], ids=str)
 def test_a_prepared_model_computes_the_same(pairs):
-    model = tiny(pairs)
-    inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.tensor([1, 5])
+    model, given = tiny(pairs), inputs()
     names = set(model.state_dict())
     with torch.no_grad():
-        expected = model(*inputs)
-        quicken(model, torch.float32)
-        torch.testing.assert_close(model(*inputs), expected, rtol=0, atol=0)
+        expected = model(*given)
+        said = quicken(model, torch.float32)
+        torch.testing.assert_close(model(*given), expected, rtol=0, atol=0)
         assert set(model.state_dict()) == names
+    assert said == (["parallel pairs: two passes, one a block"] if pairs else [])
+
+
+@pytest.mark.parametrize("gelu", [False, True], ids=["apart", "gelu"])
+@pytest.mark.parametrize("windows", [(), (2, 3)], ids=["attention", "windows"])
+@pytest.mark.parametrize("pairs", [((1, 2),), ((0, 1), (2, 3))], ids=str)
+def test_a_stacked_pair_computes_what_two_passes_do(monkeypatch, pairs, windows, gelu):
+    """In float64, before and after blocks alone, with GELU in its product and apart from it."""
+    model, given, ran = tiny(pairs, windows).double(), inputs(torch.float64), []
+    if gelu:
+        monkeypatch.setattr(GeluLinear, "forward", lambda self, x: F.gelu(
+            F.linear(x, self.weight, self.bias), approximate="tanh"))  # fmt: skip
+        for block in model.blocks:
+            block.mlp.fc1, block.mlp.act = GeluLinear(block.mlp.fc1), nn.Identity()
+    with torch.no_grad():
+        expected = model(*given)
+        said = stack_pairs(model)
+        for block in (*model.blocks, *model.stacks.values()):
+            block.register_forward_hook(lambda block, *_: ran.append(block))
+        torch.testing.assert_close(model(*given), expected, rtol=1e-12, atol=1e-12)
+    alike = [pair for pair in pairs if pair != (1, 2) or not windows]
+    assert len(model.stacks) == len(alike) and len(ran) == 4 - len(alike)
+    few = "parallel pairs: one pass of both blocks up to 1024 tokens in a pass"
+    assert said[: bool(alike)] == [f"{few}: {len(alike)}"] * bool(alike)
+    assert said[bool(alike) :] == [
+        f"parallel pairs: two passes, one a block, of blocks that do not stack: {a} and {b}"
+        for a, b in pairs if (a, b) not in alike
+    ]  # fmt: skip
+
+
+def test_many_samples_and_gradients_take_two_passes(monkeypatch):
+    model, given, ran = tiny(((0, 1),)), inputs(), []
+    stack_pairs(model)
+    model.stacks["0"].register_forward_hook(lambda *_: ran.append(1))
+    with torch.no_grad():
+        expected = model(*given)
+        assert ran == [1]
+        torch.testing.assert_close(model(*(torch.cat([t] * 33) for t in given))[:2], expected)
+    model(*given)
+    assert ran == [1]
+
+
+def test_a_stack_takes_no_memory_of_its_own():
+    model = tiny(((0, 1),))
+    expected = model.blocks[1].attn.qkv.weight.clone()
+    stack_pairs(model)
+    both = model.stacks["0"].attn.qkv
+    for i, block in enumerate(model.blocks[:2]):
+        assert block.attn.qkv.weight.data_ptr() == both.weight[i].data_ptr()
+        assert block.attn.qkv.bias.data_ptr() == both.bias[i].data_ptr()
+    assert torch.equal(model.blocks[1].attn.qkv.weight, expected)
+    assert torch.equal(both.weight[1], expected)
+
+
+def test_blocks_with_other_operators_have_no_stack():
+    model = tiny(windows=(1,))
+    assert stack(*model.blocks[:2]) is None
+    for block in model.blocks[2:]:
+        block.attn = build_operator("hyena_y", d_model=64, l_max=16)
+    assert stack(*model.blocks[2:]) is None  # filters lie outside of linear layers
+
+
+def test_without_stacked_products_pairs_take_two_passes_and_say_why(monkeypatch):
+    def fail(*given):
+        raise RuntimeError("cublasLtMatmul of cuBLASLt ends with status 15")
+
+    monkeypatch.setattr(inference, "stacked_linear", fail)
+    model = tiny(((0, 1),))
+    (said,) = stack_pairs(model)
+    assert not model.stacks and said == (
+        "parallel pairs: two passes, one a block (stacked products do not run here: cublasLtMatmul "
+        "of cuBLASLt ends with status 15)"
+    )
+    monkeypatch.setattr(inference, "stacked_linear", lambda x, w, b, gelu: x @ w.mT)
+    (said,) = stack_pairs(model)
+    assert "(stacked products disagree by " in said
+    assert stack_pairs(tiny()) == []
+
+
+def test_cublaslt_is_told_what_its_header_says():
+    """The library that PyTorch brings takes descriptions without a GPU."""
+    if torch.version.cuda is None:
+        pytest.skip("this PyTorch is built without CUDA")
+    product = cublaslt._Product(2, 512, 1152, 3456, True)
+    held, size = ctypes.c_int64(), ctypes.c_size_t()
+    for matrix, attribute, expected in (
+        (product.matrices[0], 2, 1152), (product.matrices[0], 3, 3456),  # rows, columns
+        (product.matrices[1], cublaslt.STRIDE, 512 * 1152), (product.matrices[2], 3, 512),
+    ):  # fmt: skip
+        cublaslt._call("cublasLtMatrixLayoutGetAttribute", matrix, attribute, ctypes.byref(held),
+                       ctypes.c_size_t(8), ctypes.byref(size))  # fmt: skip
+        assert held.value == expected
+    cublaslt._call("cublasLtMatmulDescGetAttribute", product.description, cublaslt.BIAS_STRIDE,
+                   ctypes.byref(held), ctypes.c_size_t(8), ctypes.byref(size))  # fmt: skip
+    assert held.value == 3456 and ctypes.sizeof(cublaslt._Way) == 96
+    with pytest.raises(RuntimeError, match="cublasLtMatmulDescSetAttribute .* with status"):
+        product._set(cublaslt.EPILOGUE, ctypes.c_int64(36))
 
 
 def test_half_precision_weights_change_nothing_under_autocast():

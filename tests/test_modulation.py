@@ -20,6 +20,21 @@ for rows in (2, 64):
     with torch.inference_mode():  # as sampling calls it
         half = modulation._disagreement(48, cpu, torch.bfloat16)
     assert exact < 1e-6 and half < 6e-3, (rows, exact, half)
+torch.manual_seed(0)
+x, branch = torch.randn(2, 5, 24), torch.randn(4, 5, 24)
+gate, shift, scale = torch.randn(3, 4, 24)
+for given in ((None, None), (branch, gate), (branch[:2], gate[:2])):
+    expected, mine = (
+        modulation.add_norm_modulate(x, *given, shift, scale, path) for path in ("torch", "triton")
+    )
+    assert len(mine[0]) == (2 if given[0] is None else len(given[0])) and len(mine[1]) == 4
+    for one, other in zip(expected, mine, strict=True):
+        torch.testing.assert_close(one, other)
+try:
+    modulation.add_norm_modulate(x.requires_grad_(), branch, gate, shift, scale, "triton")
+    raise SystemExit("gradients of tokens that stand for several samples")
+except RuntimeError as error:
+    assert "have no gradient" in str(error)
 """
 
 

@@ -150,7 +150,7 @@ def accelerate(
     kinds: dict[str, list[nn.Module]] = {}
     for module in model.modules():
         if type(module) in PREFERRED:
-            kinds.setdefault(_kind(module), []).append(module)
+            kinds.setdefault(kind_of(module), []).append(module)
     blocks = [module for module in model.modules() if isinstance(module, Modulated)]
     for operator in (*itertools.chain(*kinds.values()), *blocks):
         reset(operator)
@@ -294,8 +294,8 @@ def _sites(operator: nn.Module, *kinds: type[nn.Module]) -> Iterator[nn.Module]:
     return (module for module in operator.modules() if isinstance(module, kinds))
 
 
-def _kind(operator: nn.Module) -> str:
-    """The same for operators that a kernel cannot tell apart: classes, settings, shapes."""
+def kind_of(operator: nn.Module) -> str:
+    """The same for modules of the same classes, settings and shapes of parameters."""
     parts = []
     for module in operator.modules():
         settings = [(k, v) for k, v in vars(module).items() if k[0] != "_" and k != "path"]

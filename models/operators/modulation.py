@@ -64,6 +64,9 @@ def add_norm_modulate(
         branch, gate: what an operator gave [B,T,D] and its gate [B,D]; None: x' is x.
         shift, scale: [B,D].
         path: "torch", or "triton" on CUDA, where h has the type of `shift`, which is autocast's.
+
+    x, or x and branch, may have fewer samples, which then stand for those after them too; x' has as
+    many as the larger of both. Gradients are for equal numbers alone.
     """
     if path == "triton":
         x = x.float()
@@ -71,8 +74,12 @@ def add_norm_modulate(
             return x, fused_norm_modulate(x, shift, scale)[0]
         return fused_add_norm_modulate(x, branch, gate, shift, scale)[:2]
     if branch is not None:
-        x = add(x, (branch, gate))
-    return x, modulate(norm(x), shift, scale)
+        x = add(_repeated(x, len(branch)), (branch, gate))
+    return x, modulate(norm(_repeated(x, len(shift))), shift, scale)
+
+
+def _repeated(x: torch.Tensor, samples: int) -> torch.Tensor:
+    return x if len(x) == samples else x.repeat(samples // len(x), 1, 1)
 
 
 def refusal(width: int, device: torch.device, dtype: torch.dtype) -> str:
@@ -133,7 +140,7 @@ def fused_add_norm_modulate(
     """`add_norm_modulate` -> x' like x, h of the type of shift, and for the backward pass float32
     [B,T,2] the mean and the reciprocal deviation of every row of x'."""
     x, branch = x.contiguous(), branch.contiguous()
-    total = torch.empty_like(x)
+    total = _empty_total(x, branch)
     return total, *_launch_forward(x, branch, gate, shift, scale, total)
 
 
@@ -170,15 +177,19 @@ def _norm_modulate_backward(
     return dx, _launch_backward(x, None, None, scale, stats, None, grad_h, dx, None)[1:].clone()
 
 
+def _empty_total(x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    return x.new_empty((max(len(x), len(branch)), *x.shape[1:]))
+
+
 def _empty_results(x: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Room for h and for the mean and reciprocal deviation of every row."""
-    h = x.new_empty(x.shape, dtype=shift.dtype)
-    return h, x.new_empty((*x.shape[:2], 2), dtype=torch.float32)
+    h = x.new_empty((len(shift), *x.shape[1:]), dtype=shift.dtype)
+    return h, x.new_empty((*h.shape[:2], 2), dtype=torch.float32)
 
 
 @fused_add_norm_modulate.register_fake
 def _(x, branch, gate, shift, scale):
-    return x.new_empty(x.shape), *_empty_results(x, shift)
+    return _empty_total(x, branch), *_empty_results(x, shift)
 
 
 @fused_norm_modulate.register_fake
@@ -198,10 +209,16 @@ def _(x, scale, stats, grad_h):
 
 
 def _keep_all(ctx, inputs, output):
-    _, branch, gate, shift, scale = inputs
+    x, branch, gate, shift, scale = inputs
+    _check_samples(x, branch, shift)
     total, _, stats = output
     ctx.save_for_backward(total, branch.contiguous(), gate, scale, stats)
     ctx.shift = shift.dtype
+
+
+def _check_samples(*tensors: torch.Tensor) -> None:
+    if len({len(t) for t in tensors}) > 1:
+        raise RuntimeError("tokens that stand for several samples have no gradient")
 
 
 def _backward_all(ctx, grad_total, grad_h, _):
@@ -213,6 +230,7 @@ def _backward_all(ctx, grad_total, grad_h, _):
 
 def _keep_norm(ctx, inputs, output):
     x, shift, scale = inputs
+    _check_samples(x, shift)
     ctx.save_for_backward(x.contiguous(), scale, output[1])
     ctx.shift = shift.dtype
 
@@ -235,9 +253,10 @@ def _launch_forward(x, branch, gate, shift, scale, total) -> tuple[torch.Tensor,
     h, stats = _empty_results(x, shift)
     # what is not there is not read, but needs an address
     given = (x if branch is None else branch, shift if gate is None else gate)
-    forward[(B * T,)](
+    forward[(len(shift) * T,)](
         x, *given, shift, scale, h if total is None else total, h, stats,
-        T, D, given[1].stride(0), shift.stride(0), scale.stride(0), EPS,
+        T, D, B, len(given[0]), B if total is None else len(total),
+        given[1].stride(0), shift.stride(0), scale.stride(0), EPS,
         BRANCH=branch is not None, BLOCK=triton.next_power_of_2(D), num_warps=4,
     )  # fmt: skip
     return h, stats
@@ -272,19 +291,22 @@ def _kernels():
     @triton.jit
     def forward(
         x, branch, gate, shift, scale, total, h, stats,
-        T, D, gate_stride, shift_stride, scale_stride, eps,
+        T, D, samples, branches, totals, gate_stride, shift_stride, scale_stride, eps,
         BRANCH: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         sample = row // T
         column = tl.arange(0, BLOCK)
         inside = column < D
-        y = tl.load(x + row * D + column, mask=inside, other=0.0).to(tl.float32)
+        of_x = row % (samples * T)
+        y = tl.load(x + of_x * D + column, mask=inside, other=0.0).to(tl.float32)
         if BRANCH:
-            b = tl.load(branch + row * D + column, mask=inside, other=0.0).to(tl.float32)
-            g = tl.load(gate + sample * gate_stride + column, mask=inside, other=0.0)
+            of_branch = row % (branches * T)
+            b = tl.load(branch + of_branch * D + column, mask=inside, other=0.0).to(tl.float32)
+            g = tl.load(gate + sample % branches * gate_stride + column, mask=inside, other=0.0)
             y += g.to(tl.float32) * b
-            tl.store(total + row * D + column, y, mask=inside)
+            of_total = row % (totals * T)  # if others write there too, the same
+            tl.store(total + of_total * D + column, y, mask=inside)
         mean = tl.sum(y, 0) / D
         centred = tl.where(inside, y - mean, 0.0)
         rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
