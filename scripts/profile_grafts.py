@@ -8,15 +8,15 @@
     python scripts/profile_grafts.py --json ...   # any of these, for machines
 
 Prints Markdown; models/costs.py says what is counted. No weight files are read. Latency is that of
-the GPU, or without one of the CPU.
+the GPU, or without one of the CPU: of a forward among several in a row, as sampling runs them, the
+plain model's and the other's in turn.
 """
 
 import argparse
 import json
-import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,11 +30,11 @@ from models.operators.accelerators import accelerate
 from models.plan import load_plan
 from models.presets import blank_condition
 from models.provenance import environment
-from scripts.benchmark import timed
+from scripts.benchmark import in_turn
 from training import arguments, distributed, precision
 from training.compilation import compile_models, graphed
 
-FORWARDS = {"cuda": (10, 50), "cpu": (2, 10)}  # to warm up, and timed
+FORWARDS = {"cuda": (10, 15, 5), "cpu": (2, 10, 1)}  # to warm up; rounds, of so many in a row
 WEIGHT_STD = 0.02  # latency does not depend on the weights; these keep all values finite
 
 FOOTNOTES = """\
@@ -70,36 +70,52 @@ def main(args: argparse.Namespace) -> None:
 def profile(plans: list[GraftPlan], args: argparse.Namespace) -> list[dict]:
     """One row a plan: "parameters", "gmac", "gflop" of one image's forward, "latency_ms" by batch
     size or None, these of the plain "model" under "plain", and "changes" of the slots in %."""
-    plains: dict[tuple, dict] = {}
     rows = []
     for plan in plans:
-        plain = costs.plain(plan)
-        key = (plan.model_name, plan.image_size, plan.num_classes)
-        if key not in plains:
-            plains[key] = {"model": plain.describe(), **measure(plain, args)}
+        pair = costs.plain(plan), plan
+        times = {n: latencies(pair, n, args) for n in args.batch} if args.latency else None
+        plain, own = (
+            {"model": model.describe(), **counts(model)}
+            | {"latency_ms": times and {n: both[i] for n, both in times.items()}}
+            for i, model in enumerate(pair)
+        )
         changes = {
             count: {slot: asdict(c) for slot, c in costs.slot_changes(plan, count).items()}
             for count in costs.COUNTS
         }
-        about = {"config": str(plan.path), "model": plan.describe()}
-        rows.append({**about, **measure(plan, args), "plain": plains[key], "changes": changes})
+        rows.append({"config": str(plan.path), **own, "plain": plain, "changes": changes})
     return rows
 
 
-def measure(plan: GraftPlan, args: argparse.Namespace) -> dict:
+def counts(plan: GraftPlan) -> dict:
     cost = costs.model_cost(plan)
     return {
         "parameters": cost.parameters,
         "gmac": cost.work.multiply_adds / 1e9,
         "gflop": cost.work.flops / 1e9,
-        "latency_ms": {n: latency(plan, n, args) for n in args.batch} if args.latency else None,
     }
 
 
-def latency(plan: GraftPlan, batch: int, args: argparse.Namespace) -> float:
-    """Median milliseconds of a forward of `batch` samples, warm."""
+def latencies(
+    plans: tuple[GraftPlan, GraftPlan], batch: int, args: argparse.Namespace
+) -> list[float]:
+    """Median milliseconds of a forward of `batch` samples, of both models in turn, warm."""
     torch.compiler.reset()
     world = distributed.start(args.device)
+    warm, rounds, row = FORWARDS[world.device.type]
+    steps = {}
+    for i, plan in enumerate(plans):
+        once = forward(plan, batch, world, args)
+        for _ in range(warm):
+            once()
+        steps[i] = lambda once=once: [once() for _ in range(row)]
+    return [ms / row for ms in in_turn(steps, rounds, world.device).values()]
+
+
+def forward(
+    plan: GraftPlan, batch: int, world: distributed.World, args: argparse.Namespace
+) -> Callable[[], None]:
+    """A forward of `batch` samples through a model of random weights, as sampling runs it."""
     device = world.device
     model = costs.meta_model(plan).to_empty(device=device).eval()
     generator = torch.Generator(device).manual_seed(0)
@@ -112,16 +128,17 @@ def latency(plan: GraftPlan, batch: int, args: argparse.Namespace) -> float:
     for line in [*lines, *quicken(model, dtype)]:
         print(line, file=sys.stderr)
     compile_models(world, args.compile, model)
-    forward = graphed(world, args.compile, model, reduces=False)
+    run = graphed(world, args.compile, model, reduces=False)
     side = plan.input_size
     x = torch.randn(batch, model.in_channels, side, side, device=device, generator=generator)
     t = torch.full((batch,), 500, device=device)
     y = blank_condition(plan, batch, device)
-    once = partial(forward, x=x, t=t, y=y)
-    warm, counted = FORWARDS[device.type]
-    with torch.inference_mode(), precision.autocast(device, dtype):
-        times = [timed(once, device) for _ in range(warm + counted)]
-    return statistics.median(times[warm:])
+
+    def once() -> None:
+        with torch.inference_mode(), precision.autocast(device, dtype):
+            run(x=x, t=t, y=y)
+
+    return once
 
 
 def profile_text(rows: list[dict]) -> str:

@@ -215,7 +215,7 @@ def test_contradicting_flags_are_refused(argv, message):
 
 
 def test_latency_has_a_column_for_each_batch(capsys, monkeypatch):
-    monkeypatch.setitem(profile_grafts.FORWARDS, "cpu", (1, 2))
+    monkeypatch.setitem(profile_grafts.FORWARDS, "cpu", (1, 2, 1))
     config = str(REPOSITORY / "configs" / "mini" / "parallel_pairs.yaml")
     flags = ["--latency", "--device", "cpu", "--batch", "1", "2"]
     text = run(capsys, config, *flags)
