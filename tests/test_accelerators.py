@@ -16,6 +16,7 @@ from torch.nn.attention import flex_attention as flex_module
 
 from models.operators import OPERATORS, accelerators, build_operator
 from models.operators import attention as attention_module
+from models.operators import mamba2 as mamba2_module
 from models.operators import mlp as mlp_module
 from models.operators.attention import (
     FullAttention,
@@ -104,6 +105,20 @@ def fused_attention(qkv, heads, window=None, scale=None):
     return flash_attn_qkvpacked_func(qkv, 0.0, scale, window).flatten(2)
 
 
+def fused_gated_norm(y, z, weight, eps):
+    gated = y.float() * F.silu(z.float())
+    return (F.rms_norm(gated, weight.shape, weight.float(), eps)).to(y.dtype)
+
+
+def fused_scan(xbc, dt, steps, skip, groups, d_state):
+    heads, keys = dt.shape[-1], groups * d_state
+    x, b, c = xbc.float().split([xbc.shape[-1] - 2 * keys, keys, keys], -1)
+    x, (b, c) = x.unflatten(-1, (heads, -1)), (v.unflatten(-1, (groups, -1)) for v in (b, c))
+    taken = x * (dt / -steps)[..., None]
+    y = chunked_scan(taken, -steps, -steps.new_ones(heads), b, c, 16)
+    return (y + x * skip.view(heads, -1)).flatten(2).to(xbc.dtype)
+
+
 def fused_gelu(x, bias):
     return F.gelu(x + (bias - bias.detach()), approximate="tanh")
 
@@ -143,6 +158,8 @@ def install(monkeypatch):
     monkeypatch.setitem(accelerators.KERNELS, "triton", ours)
     monkeypatch.setattr(attention_module, "fused_attention", fused_attention)
     monkeypatch.setattr(mlp_module, "fused_gelu", fused_gelu)
+    monkeypatch.setattr(mamba2_module, "fused_scan", fused_scan)
+    monkeypatch.setattr(mamba2_module, "fused_gated_norm", fused_gated_norm)
     tops = {accelerators.KERNELS[path].module.partition(".")[0] for path in ("triton", *AGREEING)}
     for name in list(sys.modules):
         if name.partition(".")[0] in tops:
@@ -216,10 +233,13 @@ def test_a_kernel_that_agrees_is_taken(install, name, dtype):
     operator = build_operator(name, **SMALL[name])
     before = {k: v.clone() for k, v in operator.state_dict().items()}
     drawn = torch.get_rng_state()
+    takes = "takes bfloat16 and float16 only"
     expected = dict.fromkeys(("mha", "swa", "mlp"), "Triton")
-    text = (expected | {"mamba2": "mamba-ssm + causal-conv1d"}).get(name, "causal-conv1d")
+    expected["mamba2"] = "Triton + causal-conv1d"
+    text = expected.get(name, "causal-conv1d")
+    if dtype == torch.float32 and name == "mamba2":
+        text = f"mamba-ssm + causal-conv1d (Triton {takes})"
     if dtype == torch.float32 and text == "Triton":
-        takes = "takes bfloat16 and float16 only"
         text = f"PyTorch (Triton {takes}"
         text += f"; flash-attn {takes})" if name == "swa" else ")"
     if text == "Triton" and name == "mha":
@@ -243,7 +263,7 @@ def test_mamba2_hands_its_settings_to_the_kernels(install, config):
     for path in ("causal-conv1d", "mamba-ssm"):
         install(path, **AGREEING[path])
     operator = build_operator("mamba2", **SMALL["mamba2"], **config)
-    for path in ("causal-conv1d", "mamba-ssm"):
+    for path in ("causal-conv1d", "triton", "mamba-ssm"):
         assert accelerators.disagreement(operator, path, CPU, torch.float32, 21) < 1e-5
 
 
@@ -327,6 +347,11 @@ def test_what_a_kernel_cannot_run_is_named(install):
         "swa: PyTorch (flash-attn takes heads of 8, 16 .. 256, not 12; "
         "FlexAttention has no dropout, here 0.1)"
     )
+    install("triton")
+    assert line("mamba2", d_model=32, headdim=4) == (
+        "mamba2: mamba-ssm + causal-conv1d (Triton takes heads of 8, 16, 32 or 64, not 4)"
+    )
+    assert "(Triton takes a d_state of 16, 32, 64 or 128, not 24)" in line("mamba2", d_state=24)
     assert line("swa", torch.float32) == (
         "swa: FlexAttention (flash-attn takes bfloat16 and float16 only)"
     )

@@ -1,6 +1,7 @@
 """models/operators/fused_attention.py: the Triton kernels, run by Triton's interpreter on the CPU,
 which multiplies no bf16; tests/test_operators_gpu.py runs that."""
 
+import importlib
 import re
 import subprocess
 from pathlib import Path
@@ -100,28 +101,28 @@ def test_kernels_agree_with_the_definition():
                 "import test_fused_attention as t; t.check_kernels()")  # fmt: skip
 
 
-def machine_code(kernel, tokens, width, window, folder):
-    """What Triton makes of a kernel for Hopper, line by line."""
+def machine_code(kernel, types, options, folder):
+    """What Triton makes of a kernel for Hopper, line by line.
+
+    kernel: its file and name. types: of its arguments that have no value in `options`.
+    """
     triton = pytest.importorskip("triton")
     if not triton.__version__.startswith("3.6."):
         pytest.skip("what is looked for was seen with Triton 3.6")
     from triton.backends.compiler import GPUTarget
 
-    from models.operators import attention_kernels
-
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     if not (tools / "nvdisasm").is_file():
         pytest.skip("this Triton brings no nvdisasm")
-    options = module._settings(kernel, tokens, width, *window or (tokens, tokens))
-    compiled = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-    function = getattr(attention_kernels, kernel)
-    types = dict.fromkeys(("qkv", "out", "grad", "dqkv"), "*bf16")
-    types |= dict.fromkeys(("sums", "shares"), "*fp32")
-    types |= {"heads": "i32", "scale": "fp32", "plain_scale": "fp32"}
+    compiled = {name: options[name] for name in ("num_warps", "num_stages")}
+    file, name = kernel
+    function = getattr(importlib.import_module(f"models.operators.{file}"), name)
+    options = {name: value for name, value in options.items() if name in function.arg_names}
     signature = {name: types.get(name, "constexpr") for name in function.arg_names}
     aligned = {
         (at,): [["tt.divisibility", 16]]
-        for at, kind in enumerate(signature.values()) if kind.startswith("*") or kind == "i32"
+        for at, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name == "heads"
     }  # fmt: skip
     source = triton.compiler.ASTSource(function, signature, constexprs=options, attrs=aligned)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=compiled)
@@ -134,9 +135,16 @@ def machine_code(kernel, tokens, width, window, folder):
 @pytest.mark.parametrize(("tokens", "width"), [(16, 72), (16, 96), (256, 72)])
 @pytest.mark.parametrize("kernel", module.PLANS)
 def test_products_find_their_operands(tmp_path, monkeypatch, kernel, tokens, width, window):
-    """No register of a processor's own, where places of operands are kept, is read unwritten."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    lines = machine_code(kernel, tokens, width, window, tmp_path)
+    types = dict.fromkeys(("qkv", "out", "grad", "dqkv"), "*bf16")
+    types |= dict.fromkeys(("sums", "shares"), "*fp32")
+    types |= {"heads": "i32", "scale": "fp32", "plain_scale": "fp32"}
+    options = module._settings(kernel, tokens, width, *window or (tokens, tokens))
+    check_operands(machine_code(("attention_kernels", kernel), types, options, tmp_path))
+
+
+def check_operands(lines):
+    """No register of a processor's own, where places of operands are kept, is read unwritten."""
     assert any("HGMMA" in line for line in lines)
     written = set()
     for line in lines:

@@ -10,6 +10,7 @@ import copy
 import pytest
 import torch
 from test_fused_attention import distances
+from test_fused_scan import distances as scan_distances
 from test_operators import golden_cases, relative_error, shapes
 
 from models.operators import OPERATORS, accelerators, build_operator
@@ -24,7 +25,7 @@ CUDA = torch.device("cuda")
 TORCH = ("dense", "blocked", "torch")  # of these, swa has the first two
 PATHS = [("swa", path) for path in ("dense", "blocked", "triton", "flex", "flash-attn")]
 PATHS += [("hyena", path) for path in ("torch", "causal-conv1d")]
-PATHS += [("mamba2", path) for path in ("torch", "causal-conv1d", "mamba-ssm")]
+PATHS += [("mamba2", path) for path in ("torch", "causal-conv1d", "triton", "mamba-ssm")]
 TF32_ONLY = ("mamba-ssm",)  # their products are not float32's, and loading says so
 
 
@@ -91,6 +92,7 @@ WIDE = {  # as published, but narrower
         ("hyena_se", "causal-conv1d"),
         ("mlp_hyena_x", "causal-conv1d"),
         ("mamba2", "causal-conv1d"),
+        ("mamba2", "triton"),
         ("mamba2", "mamba-ssm"),
     ],
 )
@@ -127,6 +129,19 @@ def test_fused_attention_is_softmax_attention(width, tokens, window):
     found = distances(case, torch.bfloat16, "cuda")
     assert max(found) < 1e-2, found
     assert found == distances(case, torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize("tokens", [2, 50, 256, 300])
+@pytest.mark.parametrize(
+    ("heads", "width", "d_state", "groups"),
+    [(144, 16, 64, 1), (8, 8, 16, 1), (6, 32, 32, 3), (4, 64, 128, 2)],
+)
+def test_fused_scan_is_the_scan(heads, width, d_state, groups, tokens):
+    """And the same every time: no sum in it depends on what runs first."""
+    case = (2, tokens, heads, width, d_state, groups, 0.1)
+    found = scan_distances(case, torch.bfloat16, "cuda")
+    assert max(found) < 1e-2, found
+    assert found == scan_distances(case, torch.bfloat16, "cuda")
 
 
 @pytest.mark.parametrize("name", ["mha", "swa"])

@@ -68,8 +68,15 @@ def _our_triton(operator: nn.Module, dtype: torch.dtype) -> str:
     other = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9
     if isinstance(operator, FullAttention) and other:
         return "was measured on Hopper GPUs alone"
+    if isinstance(operator, GeluMlp | Mamba2) and dtype == torch.float32:
+        return "takes bfloat16 and float16 only"
     if isinstance(operator, GeluMlp):
-        return "takes bfloat16 and float16 only" if dtype == torch.float32 else ""
+        return ""
+    if isinstance(operator, Mamba2):
+        if operator.headdim not in (8, 16, 32, 64):
+            return f"takes heads of 8, 16, 32 or 64, not {operator.headdim}"
+        fits = operator.d_state in (16, 32, 64, 128)
+        return "" if fits else f"takes a d_state of 16, 32, 64 or 128, not {operator.d_state}"
     if isinstance(operator, SlidingWindowAttention) and operator.dropout:
         return _no_dropout(operator, dtype)
     return _half_precision(operator, dtype, most=128)
@@ -90,7 +97,7 @@ def _short_filters(operator: nn.Module, dtype: torch.dtype) -> str:
 KERNELS = {
     "triton": Kernel(
         "Triton",
-        (FullAttention, SlidingWindowAttention, GeluMlp),
+        (FullAttention, SlidingWindowAttention, GeluMlp, Mamba2),
         "triton",
         "triton",
         _our_triton,
@@ -134,7 +141,7 @@ PREFERRED: dict[type[nn.Module], tuple[str, tuple[tuple[int, tuple[str, ...]], .
     HyenaX: ("hyena_x", ((0, ("causal-conv1d",)),)),
     HyenaY: ("hyena_y", ((0, ("causal-conv1d",)),)),
     MlpHyenaX: ("mlp_hyena_x", ((0, ("causal-conv1d",)),)),
-    Mamba2: ("mamba2", ((0, ("mamba-ssm", "causal-conv1d")),)),
+    Mamba2: ("mamba2", ((0, ("triton", "mamba-ssm", "causal-conv1d")),)),
 }
 
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.operators.fused_gated_norm import fused_gated_norm
+from models.operators.fused_scan import fused_scan
 from models.operators.hyena import CausalConv
 
 DT_RANGE = (1e-3, 1e-1)  # of the step sizes at initialisation
@@ -25,7 +27,10 @@ def _divisors(number: int) -> str:
 
 
 class GatedRMSNorm(nn.Module):
-    """RMS norm over groups of channels, joined with a gate SiLU(z): y, z [..., C] -> [..., C]."""
+    """RMS norm over groups of channels, joined with a gate SiLU(z): y, z [..., C] -> [..., C].
+
+    path: "triton" where `fused_gated_norm` may do it, which rounds nothing on the way.
+    """
 
     def __init__(self, channels: int, groups: int, norm_before_gate: bool):
         super().__init__()
@@ -33,8 +38,11 @@ class GatedRMSNorm(nn.Module):
         self.norm_before_gate = norm_before_gate
         self.weight = nn.Parameter(torch.ones(channels))
 
-    def forward(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        gate = F.silu(z)
+    def forward(self, y: torch.Tensor, z: torch.Tensor, path: str = "torch") -> torch.Tensor:
+        if path == "triton" and self.groups == 1 and not self.norm_before_gate:
+            return fused_gated_norm(y, z, self.weight, NORM_EPS)
+        full = torch.promote_types(y.dtype, torch.float32)
+        y, gate = y.to(full), F.silu(z.to(full))
         y = y if self.norm_before_gate else y * gate
         grouped = y.unflatten(-1, (self.groups, -1))
         scale = torch.rsqrt(grouped.square().mean(-1, keepdim=True) + NORM_EPS)
@@ -49,7 +57,7 @@ class Mamba2(nn.Module):
     step sizes after the softplus; None (or infinity) as its second value means no upper bound.
     ValueError when `headdim` does not divide expand * d_model, or `ngroups` the number of heads.
 
-    `path` names what computes the scan: "torch" or "mamba-ssm" (accelerators.py chooses).
+    `path` names what computes the scan: "torch", "triton" or "mamba-ssm" (accelerators.py chooses).
     """
 
     def __init__(
@@ -119,32 +127,44 @@ class Mamba2(nn.Module):
         # the scan and the norm stay in float32 whatever the precision around them
         with torch.autocast(x.device.type, enabled=False):
             full = torch.promote_types(x.dtype, torch.float32)
-            u, b, c = xbc.split([self.d_inner, state_width, state_width], dim=-1)
-            u = u.unflatten(-1, (self.heads, self.headdim))  # B T heads headdim
-            b = b.unflatten(-1, (self.ngroups, self.d_state))  # B T groups d_state
-            c = c.unflatten(-1, (self.ngroups, self.d_state))
-            scan = self._fused_scan if self.path == "mamba-ssm" else self._scan
-            y = scan(u, dt, -self.A_log.to(full).exp(), b, c)
-            y = y.flatten(-2)  # B T d_inner
-            z = z.to(full)
-            y = y * F.silu(z) if self.norm is None else self.norm(y, z)
+            A = -self.A_log.to(full).exp()
+            if self.path == "triton":
+                y = self._fused_scan(xbc, dt, A)
+            else:
+                u, b, c = xbc.split([self.d_inner, state_width, state_width], dim=-1)
+                u = u.unflatten(-1, (self.heads, self.headdim))  # B T heads headdim
+                b = b.unflatten(-1, (self.ngroups, self.d_state))  # B T groups d_state
+                c = c.unflatten(-1, (self.ngroups, self.d_state))
+                scan = self._mamba_ssm_scan if self.path == "mamba-ssm" else self._scan
+                y = scan(u, dt, A, b, c).flatten(-2)  # B T d_inner
+            y = y * F.silu(z.to(full)) if self.norm is None else self.norm(y, z, self.path)
         return self.out_proj(y.to(xbc.dtype))
+
+    def _step_sizes(self, dt: torch.Tensor) -> torch.Tensor:
+        return F.softplus(dt + self.dt_bias).clamp(*self.dt_limit)  # B T heads
 
     def _scan(self, u, dt, A, b, c):
         full = A.dtype
         u, b, c = u.to(full), b.to(full), c.to(full)
-        dt = F.softplus(dt.to(full) + self.dt_bias)  # B T heads
-        dt = dt.clamp(*self.dt_limit)
+        dt = self._step_sizes(dt.to(full))
         y = chunked_scan(u, dt, A, b, c, self.chunk_size)
         return y + u * self.D.view(self.heads, -1)
 
-    def _fused_scan(self, u, dt, A, b, c):
+    def _mamba_ssm_scan(self, u, dt, A, b, c):
         """The kernels multiply in the precision of u, b and c and add up in float32."""
         D = self.D.view(self.heads, -1).squeeze(-1)  # heads, or heads headdim
         low, high = self.dt_limit
         high = UNBOUNDED if high is None else min(high, UNBOUNDED)
-        y = fused_scan(u, dt, A, b, c, D, self.dt_bias, low, high)
+        y = mamba_ssm_scan(u, dt, A, b, c, D, self.dt_bias, low, high)
         return y.to(A.dtype)
+
+    def _fused_scan(self, xbc, dt, A):
+        """As `_mamba_ssm_scan` in our kernels, of x, B and C side by side."""
+        dt = self._step_sizes(dt.to(A.dtype))
+        per_head = len(self.D) == self.heads
+        D = self.D if per_head else A.new_zeros(self.heads)
+        y = fused_scan(xbc, dt, dt * A, D, self.ngroups, self.d_state)
+        return y if per_head else (y + xbc[..., : self.d_inner] * self.D).to(xbc.dtype)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, headdim={self.headdim}, d_state={self.d_state}"
@@ -213,7 +233,7 @@ def decay_between(step: torch.Tensor) -> torch.Tensor:
 
 
 @torch.library.custom_op("grafts::ssd_scan", mutates_args=())
-def fused_scan(
+def mamba_ssm_scan(
     x: torch.Tensor,
     dt: torch.Tensor,
     A: torch.Tensor,
@@ -261,7 +281,7 @@ def _scan_options(D, dt_bias, dt_low, dt_high) -> dict:
     return {"D": D, "dt_bias": dt_bias, "dt_softplus": True, "dt_limit": (dt_low, dt_high)}
 
 
-@fused_scan.register_fake
+@mamba_ssm_scan.register_fake
 def _(x, dt, A, B, C, D, dt_bias, dt_low, dt_high):
     return x.new_empty(x.shape)
 
@@ -280,4 +300,4 @@ def _backward(ctx, grad):
     return *_scan_backward(grad, *ctx.saved_tensors, ctx.dt_low, ctx.dt_high), None, None
 
 
-fused_scan.register_autograd(_backward, setup_context=_keep_for_backward)
+mamba_ssm_scan.register_autograd(_backward, setup_context=_keep_for_backward)
