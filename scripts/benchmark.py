@@ -51,7 +51,7 @@ from models.plan import load_plan, plan_from_flags
 from models.provenance import environment
 from scripts import kernel_times, loops
 from training import arguments, distributed, precision
-from training.compilation import MODEL_OPTIONS, WARM, compile_models, graphed
+from training.compilation import MODEL_OPTIONS, WARM, allow_kinds, compile_models, graphed
 from training.distillation import Steps, Students, Teacher
 from training.optimizer import StepGuard, adamw
 
@@ -74,6 +74,7 @@ def operators(args: argparse.Namespace) -> None:
     dtype = precision.choose(args.precision, world.device)
     precision.allow_tf32(dtype != torch.float32)
     torch.manual_seed(0)
+    allow_kinds()
     rows = []
     print(f"{'operator':11} {'tokens':>6} {'batch':>5}  {'path':27} {'mode':8} {'pass':8}       ms")
     for tokens, name in itertools.product(args.tokens, args.operators):

@@ -344,8 +344,8 @@ def test_what_a_kernel_cannot_run_is_named(install):
     assert "with 9 heads" in line("mamba2", d_model=36)
     swa = line("swa", embed_dim=48, dropout=0.1)
     assert swa == (
-        "swa: PyTorch (flash-attn takes heads of 8, 16 .. 256, not 12; "
-        "FlexAttention has no dropout, here 0.1)"
+        "swa: PyTorch (Triton has no dropout, here 0.1; flash-attn takes heads of 8, 16 .. 256, "
+        "not 12; FlexAttention has no dropout, here 0.1)"
     )
     install("triton")
     assert line("mamba2", d_model=32, headdim=4) == (
@@ -353,7 +353,8 @@ def test_what_a_kernel_cannot_run_is_named(install):
     )
     assert "(Triton takes a d_state of 16, 32, 64 or 128, not 24)" in line("mamba2", d_state=24)
     assert line("swa", torch.float32) == (
-        "swa: FlexAttention (flash-attn takes bfloat16 and float16 only)"
+        "swa: FlexAttention (Triton takes bfloat16 and float16 only; flash-attn takes bfloat16 and "
+        "float16 only)"
     )
 
 

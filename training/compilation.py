@@ -22,8 +22,10 @@ from training.distributed import LOST_MINUTES, World
 
 # Left to itself Inductor lays a graph with many convolutions out channels-last, and then hands
 # FlashAttention's backward a gradient in other strides than it reads: bf16 gradients come out wrong
-# (PyTorch 2.11; of the same family as github.com/pytorch/pytorch/pull/138879).
-MODEL_OPTIONS = {"layout_optimization": False}
+# (PyTorch 2.11; of the same family as github.com/pytorch/pytorch/pull/138879). And it pads the rows
+# of a product that are no multiple of 128 bytes, as Mamba-2's first one has, and then copies every
+# part of them that an operation of our own reads.
+MODEL_OPTIONS = {"layout_optimization": False, "comprehensive_padding": False}
 
 # Left to itself Inductor folds the arange in diffusion.noise into 32-bit index arithmetic, where
 # Philox's 32-bit multipliers do not fit.
@@ -48,13 +50,18 @@ def compile_models(world: World, flag: bool, *models: torch.nn.Module) -> None:
     """Compiles models in place: a DiT, or what holds one as `dit`, block by block."""
     if not _wanted(world, flag):
         return
-    torch._dynamo.config.recompile_limit = KINDS
-    torch._dynamo.config.accumulated_recompile_limit = 8 * KINDS
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    allow_kinds()
     for model in models:
         dit = getattr(model, "dit", model)
         for region in dit.regions() if hasattr(dit, "regions") else [model]:
             region.compile(options=MODEL_OPTIONS, dynamic=False)
+
+
+def allow_kinds() -> None:
+    """Lets one piece of code be compiled for KINDS of modules."""
+    torch._dynamo.config.recompile_limit = KINDS
+    torch._dynamo.config.accumulated_recompile_limit = 8 * KINDS
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
 def compile_functions(world: World, flag: bool, *functions: Callable) -> tuple[Callable, ...]:

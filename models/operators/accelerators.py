@@ -135,7 +135,7 @@ PREFERRED: dict[type[nn.Module], tuple[str, tuple[tuple[int, tuple[str, ...]], .
     GeluMlp: ("mlp", ((0, ("triton",)),)),
     SlidingWindowAttention: (
         "swa",
-        ((0, ("triton", "flash-attn")), (257, ("flash-attn", "flex"))),
+        ((0, ("triton", "flash-attn")), (257, ("triton", "flash-attn", "flex"))),
     ),
     HyenaSE: ("hyena_se", ((0, ("causal-conv1d",)),)),
     HyenaX: ("hyena_x", ((0, ("causal-conv1d",)),)),
