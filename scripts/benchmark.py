@@ -93,7 +93,7 @@ def operators(args: argparse.Namespace) -> None:
                 row = {"operator": name, "tokens": tokens, "batch": batch, "path": path}
                 rows.append({**row, "mode": mode, "pass": kind, "ms": ms})
                 print(f"{name:11} {tokens:6} {batch:5}  {path:27} {mode:8} {kind:8} {ms:8.3f}")
-    write_rows(args, world, dtype, rows)
+            write_rows(args, world, dtype, rows)  # what is measured so far
 
 
 def distill(args: argparse.Namespace) -> None:
