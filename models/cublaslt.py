@@ -7,6 +7,8 @@ same in CUDA 12 and 13.
 """
 
 import ctypes
+import os
+import warnings
 from functools import cache
 
 import torch
@@ -49,25 +51,29 @@ def linear(
     """x weight^T + bias for each member of a batch, or the tanh form of GELU of that.
 
     The first call with new shapes, unless a CUDA graph is being captured, takes the first of the
-    ways that cuBLASLt recommends which works and is right. If there is none PyTorch computes it.
+    ways that cuBLASLt recommends which works and is right. If there is none PyTorch computes it,
+    and a warning says so. Shapes are kept for the life of the process; not for several threads.
 
     Args:
-        x: [G,M,K], weight: [G,N,K], bias: [G,N]; bf16 on CUDA, K and N multiples of 8.
+        x: [G,M,K], weight: [G,N,K], bias: [G,N]; bf16 on one GPU, K and N multiples of 8.
 
     Returns:
         [G,M,N]
 
     Raises:
-        RuntimeError: other types or widths, or cuBLASLt fails.
+        RuntimeError: other types or widths, shapes that do not fit, or cuBLASLt fails.
     """
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
+    if weight.shape != (len(x), bias.shape[-1], x.shape[-1]) or bias.shape != weight.shape[:2]:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (x, weight, bias))
+        raise RuntimeError(f"takes [G,M,K], [G,N,K] and [G,N], not {shapes}")
     for t in (x, weight, bias):
         if t.dtype != torch.bfloat16 or t.shape[-1] % 8 or t.data_ptr() % ALIGNMENT:
             raise RuntimeError("takes bf16 in widths of multiples of 8, at multiples of 16 bytes")
     out = x.new_empty((*x.shape[:2], weight.shape[1]))
     product = _product(x.device, *x.shape, weight.shape[1], gelu)
     if not product.settled and not torch.cuda.is_current_stream_capturing():
-        product.settle(x, weight, bias, out)
+        product.settle(x.device)
     if not product.ways:
         return by_pytorch(x, weight, bias, gelu)
     product.run(product.ways[0], x, weight, bias, out)
@@ -89,6 +95,7 @@ class _Product:
     """
 
     def __init__(self, groups: int, rows: int, depth: int, width: int, gelu: bool):
+        self.shapes = (groups, rows, depth), (groups, width, depth), (groups, width)
         self.gelu = gelu
         self.ways: list[_Way] = []  # the one to use first
         self.settled = False  # whether that is known to work
@@ -135,9 +142,16 @@ class _Product:
             ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream),
         )  # fmt: skip
 
-    def settle(self, x, weight, bias, out) -> None:
-        """Keeps the first way that works, if one does."""
-        expected = by_pytorch(x.float(), weight.float(), bias.float(), self.gelu)
+    def settle(self, device: torch.device) -> None:
+        """Keeps the first way that is right with random numbers, if one is."""
+        generator = torch.Generator(device).manual_seed(0)
+        x, weight, bias = (
+            torch.randn(shape, device=device, generator=generator).bfloat16()
+            for shape in self.shapes
+        )
+        with torch.autocast(device.type, enabled=False):
+            expected = by_pytorch(x.float(), weight.float(), bias.float(), self.gelu)
+        out = torch.empty_like(expected, dtype=torch.bfloat16)
         found, self.ways, self.settled = self.ways, [], True
         for way in found:
             try:
@@ -147,6 +161,7 @@ class _Product:
             if (out.float() - expected).norm() <= TOLERANCE * expected.norm():
                 self.ways = [way]
                 return
+        warnings.warn(f"cuBLASLt has no product of {self.shapes}: PyTorch's runs", stacklevel=2)
 
 
 _products: dict[tuple, _Product] = {}
@@ -191,7 +206,8 @@ def _call(function: str, *arguments) -> None:
 
 @cache
 def _library() -> ctypes.CDLL:
-    return ctypes.CDLL(f"libcublasLt.so.{str(torch.version.cuda).partition('.')[0]}")
+    name = f"libcublasLt.so.{str(torch.version.cuda).partition('.')[0]}"
+    return ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
 
 
 @cache

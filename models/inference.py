@@ -28,6 +28,9 @@ def quicken(model: nn.Module, dtype: torch.dtype, float8: bool = False) -> list[
 
     float8: the products in both slots of all blocks take 8-bit floats, see `Float8Linear`.
 
+    Afterwards weights can be loaded into the model, but neither is it moved nor copied: a pair's
+    blocks and the one that stands for them hold the same memory.
+
     Returns:
         Lines for the log: how the pairs run, if there are any.
 
@@ -130,7 +133,9 @@ class StackedLinear(nn.Module):
                 torch.stack([getattr(layer, name) for layer in layers])
                 for name in ("weight", "bias")
             )
-        self.weight, self.bias = (nn.Parameter(t, requires_grad=False) for t in (weight, bias))
+        _, self.out_features, self.in_features = weight.shape
+        self.register_buffer("weight", weight, persistent=False)  # the layers' own are stored
+        self.register_buffer("bias", bias, persistent=False)
         for layer, own_weight, own_bias in zip(layers, weight, bias, strict=True):
             layer.weight.data, layer.bias.data = own_weight, own_bias
 

@@ -149,7 +149,7 @@ def profile_text(rows: list[dict]) -> str:
         lines[0] += [title, "x plain"]
     shown, models = [], {row["plain"]["model"] for row in rows}
     for row in rows:
-        label = "plain"
+        label = "plain" if row["latency_ms"] is None else f"plain, beside {row['config']}"
         if len(models) > 1:
             label += " " + row["plain"]["model"].removesuffix(", no grafts")
         for name, cost in ((label, row["plain"]), (row["config"], row)):

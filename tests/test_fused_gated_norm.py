@@ -2,6 +2,7 @@
 
 import torch
 from test_fused_attention import apart
+from test_fused_scan import count_turns
 from test_modulation import interpreted
 
 from models.operators import fused_gated_norm as module
@@ -11,7 +12,7 @@ SHAPES = ((2, 9, 40), (300, 128), (1, 1, 8), (3, 5, 7, 24))
 
 
 def distances(shape, dtype, device="cpu"):
-    """Of results and all gradients from float64, over its norms; z and grad in other strides."""
+    """Of results and all gradients from float64, over its norms; all of them in other strides."""
     generator = torch.Generator(device).manual_seed(len(shape))
 
     def draw(*shape):
@@ -20,8 +21,8 @@ def distances(shape, dtype, device="cpu"):
     norm = GatedRMSNorm(shape[-1], 1, False).to(device)
     with torch.no_grad():
         norm.weight.add_(0.3 * draw(shape[-1]))
-    y, wide, grad = draw(*shape), draw(*shape[:-1], 2 * shape[-1] + 3), draw(2, *shape)[1]
-    y, z = y.requires_grad_(), wide[..., 3 : 3 + shape[-1]].requires_grad_()
+    y, z = (draw(*shape[:-1], 2 * shape[-1] + 3)[..., 3 : 3 + shape[-1]] for _ in range(2))
+    y, z, grad = y.requires_grad_(), z.requires_grad_(), draw(2, *shape)[1]
     found = module.fused_gated_norm(y, z, norm.weight, NORM_EPS)
     mine = torch.autograd.grad(found, (y, z, norm.weight), grad)
     assert [t.dtype for t in (found, *mine)] == [dtype, dtype, dtype, torch.float32]
@@ -33,6 +34,7 @@ def distances(shape, dtype, device="cpu"):
 
 
 def check_kernels():
+    count_turns()
     module.PROGRAMS = 4
     for shape in SHAPES:
         for dtype, tolerance in ((torch.float32, 2e-6), (torch.float16, 1e-3)):
@@ -40,6 +42,9 @@ def check_kernels():
             assert max(found) < tolerance, (shape, dtype, found)
     y, z = torch.randn(2, 3, 4, 8).unbind(0)
     weight = torch.ones(8)
+    odd = torch.randn(60).as_strided((3, 1, 8), (8, 5, 1))  # the 5 means nothing
+    expected = GatedRMSNorm(8, 1, False)(odd.contiguous(), odd.contiguous())
+    torch.testing.assert_close(module.fused_gated_norm(odd, odd, weight, NORM_EPS), expected)
     torch.library.opcheck(module._norm, (y, z.requires_grad_(), weight, 1e-5))
     scales = module._norm(y, z.detach(), weight, 1e-5)[1]
     given = (y, z.detach(), weight, scales, torch.ones(()).expand_as(y))

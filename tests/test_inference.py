@@ -93,6 +93,16 @@ def test_a_stack_takes_no_memory_of_its_own():
     assert torch.equal(both.weight[1], expected)
 
 
+def test_weights_load_into_a_model_with_stacks():
+    model, other, given = tiny(((0, 1),)), tiny(((0, 1),)), inputs()
+    for parameter in other.parameters():
+        parameter.data.mul_(0.9)
+    stack_pairs(model)
+    model.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(model(*given), other(*given))
+
+
 def test_blocks_with_other_operators_have_no_stack():
     model = tiny(windows=(1,))
     assert stack(*model.blocks[:2]) is None

@@ -30,6 +30,12 @@ for given in ((None, None), (branch, gate), (branch[:2], gate[:2])):
     assert len(mine[0]) == (2 if given[0] is None else len(given[0])) and len(mine[1]) == 4
     for one, other in zip(expected, mine, strict=True):
         torch.testing.assert_close(one, other)
+for path in ("torch", "triton"):
+    try:
+        modulation.add_norm_modulate(branch, None, None, gate[:1], scale[:1], path)
+        raise SystemExit("fewer shifts than samples")
+    except ValueError as error:
+        assert "4 and 4 and 1 samples do not go together" in str(error)
 try:
     modulation.add_norm_modulate(x.requires_grad_(), branch, gate, shift, scale, "triton")
     raise SystemExit("gradients of tokens that stand for several samples")

@@ -1,10 +1,10 @@
 """Softmax attention in Triton, between the projection that gives queries, keys and values side by
-side and the one that takes what the heads gave, for the short sequences of DiT.
+side and the one that takes what the heads gave, for the short sequences of DiT, and for windows.
 
-PyTorch's own kernels are made for long ones. At 256 tokens in heads of 72 channels, cuDNN pads the
-heads to 128, launches three kernels for a backward pass, and hands back three gradients that have
-to be copied side by side. Here heads are cut into a power of two and a rest, and a backward pass is
-two kernels, which write the gradients where they belong.
+PyTorch's own kernels are made for long sequences. At 256 tokens in heads of 72 channels, cuDNN pads
+the heads to 128, launches three kernels for a backward pass, and hands back three gradients that
+have to be copied side by side. Here heads are cut into a power of two and a rest, and a backward
+pass is two kernels, which write the gradients where they belong.
 """
 
 import math

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-PROGRAMS = 1056  # of the backward pass, at most: 8 on each of an H100's processors
+PROGRAMS = 1056  # of the backward pass, at most: 8 on each of an H200's processors
 
 
 def fused_gated_norm(
@@ -32,7 +32,7 @@ def _norm(
     import triton
 
     forward, _ = _kernels()
-    (y, _), (z, stride) = _rows(y), _rows(z)
+    y, (z, stride) = y.contiguous(), _rows(z)
     out, scales = _empty_results(y)
     width = y.shape[-1]
     forward[(scales.numel(),)](
@@ -50,26 +50,27 @@ def _norm_backward(
     import triton
 
     _, backward = _kernels()
-    (y, _), (z, stride), grad = _rows(y), _rows(z), grad.contiguous()
+    y, (z, stride), grad = y.contiguous(), _rows(z), grad.contiguous()
     rows, width = scales.numel(), y.shape[-1]
     each = triton.cdiv(rows, PROGRAMS)
     parts = triton.cdiv(rows, each)
     dy, dz = y.new_empty(y.shape), y.new_empty(y.shape)
     sums = y.new_empty((parts, width), dtype=torch.float32)
     backward[(parts,)](
-        y, z, weight, scales, grad, dy, dz, sums, rows, width, stride,
-        ROWS=each, BLOCK=triton.next_power_of_2(width), num_warps=8,
+        y, z, weight, scales, grad, dy, dz, sums, rows, width, stride, each,
+        BLOCK=triton.next_power_of_2(width), num_warps=8,
     )  # fmt: skip
     return dy, dz, sums.sum(0)
 
 
 def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     """The same as rows at one distance, and that distance in elements."""
-    steps = x.stride()[:-1]
-    even = all(a == b * n for a, b, n in zip(steps[:-1], steps[1:], x.shape[1:-1], strict=True))
-    if x.ndim < 2 or x.stride(-1) != 1 or not even:
-        x = x.contiguous()
-    return x, x.stride(-2) if x.ndim > 1 else x.shape[-1]
+    *outer, width = x.shape
+    steps = [(n, step) for n, step in zip(outer, x.stride(), strict=False) if n > 1]
+    even = all(a == b * n for (_, a), (n, b) in zip(steps, steps[1:], strict=False))
+    if not steps or x.stride(-1) != 1 or not even:
+        return x.contiguous(), width
+    return x, steps[-1][1]
 
 
 def _empty_results(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,18 +120,18 @@ def _kernels():
         tl.store(out + row * width + column, (a * scale * w).to(out.dtype.element_ty), mask=inside)
         tl.store(scales + row, scale)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["rows", "each"])
     def backward(
-        y, z, weight, scales, grad, dy, dz, sums, rows, width, z_stride,
-        ROWS: tl.constexpr, BLOCK: tl.constexpr,
+        y, z, weight, scales, grad, dy, dz, sums, rows, width, z_stride, each,
+        BLOCK: tl.constexpr,
     ):  # fmt: skip
         part = tl.program_id(0)
         column = tl.arange(0, BLOCK)
         inside = column < width
         w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
         dweight = tl.zeros((BLOCK,), tl.float32)
-        row = part.to(tl.int64) * ROWS
-        for _ in range(ROWS):
+        row = part.to(tl.int64) * each
+        for _ in range(each):
             held = inside & (row < rows)
             at = row * width + column
             a = tl.load(y + at, mask=held, other=0.0).to(tl.float32)

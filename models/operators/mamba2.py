@@ -124,7 +124,8 @@ class Mamba2(nn.Module):
         )
         xbc = self.conv1d(xbc.transpose(1, 2), silu=True).transpose(1, 2)
 
-        # the scan and the norm stay in float32 whatever the precision around them
+        # the scan and the norm add up in float32 whatever the precision around them; in PyTorch
+        # they multiply in it too, in kernels in that of xbc
         with torch.autocast(x.device.type, enabled=False):
             full = torch.promote_types(x.dtype, torch.float32)
             A = -self.A_log.to(full).exp()

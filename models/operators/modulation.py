@@ -68,6 +68,7 @@ def add_norm_modulate(
     x, or x and branch, may have fewer samples, which then stand for those after them too; x' has as
     many as the larger of both. Gradients are for equal numbers alone.
     """
+    _check_fits(len(x), len(x if branch is None else branch), len(shift))
     if path == "triton":
         x = x.float()
         if branch is None:
@@ -80,6 +81,12 @@ def add_norm_modulate(
 
 def _repeated(x: torch.Tensor, samples: int) -> torch.Tensor:
     return x if len(x) == samples else x.repeat(samples // len(x), 1, 1)
+
+
+def _check_fits(*counts: int) -> None:
+    """Of samples, each a multiple of those before it."""
+    if any(more % few for few, more in zip(counts, counts[1:], strict=False)):
+        raise ValueError(f"{' and '.join(map(str, counts))} samples do not go together")
 
 
 def refusal(width: int, device: torch.device, dtype: torch.dtype) -> str:
@@ -137,8 +144,8 @@ def fused_add_norm_modulate(
     shift: torch.Tensor,
     scale: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`add_norm_modulate` -> x' like x, h of the type of shift, and for the backward pass float32
-    [B,T,2] the mean and the reciprocal deviation of every row of x'."""
+    """`add_norm_modulate` -> x' of the type of x, h of that of shift, and for the backward pass
+    float32 [B,T,2], of every row of h the mean and the reciprocal deviation before the norm."""
     x, branch = x.contiguous(), branch.contiguous()
     total = _empty_total(x, branch)
     return total, *_launch_forward(x, branch, gate, shift, scale, total)
