@@ -122,7 +122,7 @@ def machine_code(kernel, types, options, folder):
     aligned = {
         (at,): [["tt.divisibility", 16]]
         for at, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or name == "heads"
+        if kind.startswith("*") or name == "heads" or name.endswith(("_width", "_stride"))
     }  # fmt: skip
     source = triton.compiler.ASTSource(function, signature, constexprs=options, attrs=aligned)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=compiled)

@@ -98,6 +98,7 @@ def check_kernels():
     count_turns()
     module.CHUNK = 16
     check_strides()
+    check_half_parameters()
     for case, module.CHUNK, module.PROGRAMS in CASES:
         for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 2e-3)):
             found = distances(case, dtype)
@@ -105,13 +106,23 @@ def check_kernels():
             assert max(found) < tolerance, (case, dtype, found)
 
 
+def check_half_parameters():
+    """Of a model in half precision."""
+    xbc, dt, A, D, grad = inputs(CASES[0][0], torch.float16)
+    given = [v.requires_grad_() for v in (xbc, dt, dt * A, D.half())]
+    torch.library.opcheck(module._scan, (*given, 1, 16))
+    rest = grad, *(v.detach() for v in given), 1, 16
+    torch.library.opcheck(module._scan_backward, rest, test_utils=("test_faketensor",))
+
+
 def test_kernels_have_stages():
     assert all(stages > 1 for _, _, stages in module.PLANS.values())
 
 
+@pytest.mark.parametrize("samples", [1, 256])
 @pytest.mark.parametrize("other", [False, True])
 @pytest.mark.parametrize("kernel", module.PLANS)
-def test_products_find_their_operands(tmp_path, monkeypatch, kernel, other):
+def test_products_find_their_operands(tmp_path, monkeypatch, kernel, other, samples):
     """Of DiT-XL/2's grafts; other: the walk back, and chunks that stand alone."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     halves = ("xbc", "values", "keys", "states", "dstates", "y", "grad", "dxbc")
@@ -119,8 +130,9 @@ def test_products_find_their_operands(tmp_path, monkeypatch, kernel, other):
     numbers = "tokens chunks heads parts each value_width key_width share_stride share_width"
     types = dict.fromkeys(halves, "*bf16") | dict.fromkeys(floats, "*fp32")
     types |= dict.fromkeys(numbers.split(), "i32")
+    types |= {"shares": "*bf16"} if samples > 1 else {}
     xbc, dt = (torch.empty(1, 64, width) for width in (144 * 16 + 128, 144))
-    _, each, options = module.Shape(xbc, dt, 1, 64).divided(kernel, module.PROGRAMS)
+    _, each, options = module.Shape(xbc, dt, 1, 64).divided(kernel, samples)
     options |= {"groups": 1, "HEADS": each, "BACK": other, "CARRIED": not other}
     check_operands(machine_code(("scan_kernels", kernel), types, options, tmp_path))
 

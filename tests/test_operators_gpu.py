@@ -13,7 +13,7 @@ from test_fused_attention import distances
 from test_fused_scan import distances as scan_distances
 from test_operators import golden_cases, relative_error, shapes
 
-from models.operators import OPERATORS, accelerators, build_operator
+from models.operators import OPERATORS, accelerators, build_operator, fused_scan
 from models.operators import attention as attention_module
 from training.compilation import MODEL_OPTIONS
 
@@ -136,8 +136,11 @@ def test_fused_attention_is_softmax_attention(width, tokens, window):
     ("heads", "width", "d_state", "groups"),
     [(144, 16, 64, 1), (8, 8, 16, 1), (6, 32, 32, 3), (4, 64, 128, 2)],
 )
-def test_fused_scan_is_the_scan(heads, width, d_state, groups, tokens):
-    """And the same every time: no sum in it depends on what runs first."""
+@pytest.mark.parametrize("programs", [1, 528])
+def test_fused_scan_is_the_scan(monkeypatch, programs, heads, width, d_state, groups, tokens):
+    """Divided as many samples are, and few; and the same every time: no sum in it depends on what
+    runs first."""
+    monkeypatch.setattr(fused_scan, "PROGRAMS", programs)
     case = (2, tokens, heads, width, d_state, groups, 0.1)
     found = scan_distances(case, torch.bfloat16, "cuda")
     assert max(found) < 1e-2, found

@@ -44,7 +44,12 @@ def fused_scan(
 
     Returns:
         [B, T, heads * P]
+
+    Raises:
+        RuntimeError: xbc on CUDA in another precision, which products would not keep.
     """
+    if xbc.is_cuda and xbc.dtype not in (torch.bfloat16, torch.float16):
+        raise RuntimeError(f"the fused scan takes bfloat16 and float16, not {xbc.dtype}")
     return _scan(xbc, dt, steps, skip, groups, d_state)
 
 
@@ -84,7 +89,8 @@ def _scan_backward(
     states = _walk(shape, xbc, xbc, sizes, sums, back=False)
     dstates = _walk(shape, grad, xbc, sizes, sums, back=True)
     dxbc, notes = _gradients(shape, xbc, sizes, sums, states, dstates, skip, grad)
-    return dxbc, *_close(shape, notes)
+    ddt, dsteps, dskip = _close(shape, notes)
+    return dxbc, ddt, dsteps, dskip.to(skip.dtype)
 
 
 @_scan.register_fake
