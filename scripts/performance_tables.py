@@ -3,8 +3,8 @@
     python scripts/performance_tables.py
 
 The page has the commands that measure, each with the file in docs/results/performance that its
---json goes to: finetune, selection, sampling, vae, operators, distill and pairs; two_fp32 and
-two_bf16 of finetuning with torchrun.
+--json goes to: finetune, selection, sampling, vae, distill, pairs, pixart; operators_swa,
+operators_hyena and operators_mamba2; two_fp32 and two_bf16 of finetuning with torchrun.
 """
 
 import argparse
@@ -27,6 +27,7 @@ WORKS = {
     "encode": "VAE encoding",
     "decode": "VAE decoding",
 }
+OPERATORS = ("swa", "hyena", "mamba2")  # in one run each, beside full attention
 WANTED = {  # of each file, a key of its rows, and which values that may have
     "finetune": ("work", ["finetune"]),
     "selection": ("work", ["selection"]),
@@ -34,9 +35,10 @@ WANTED = {  # of each file, a key of its rows, and which values that may have
     "vae": ("work", ["encode", "decode"]),
     "two_fp32": ("work", ["finetune"]),
     "two_bf16": ("work", ["finetune"]),
-    "operators": ("operator", None),
+    **{f"operators_{kind}": ("operator", None) for kind in OPERATORS},
     "distill": ("share_of_teacher", None),
     "pairs": ("latency_ms", None),
+    "pixart": ("latency_ms", None),
 }
 # Times as fast as the published style, and the ms of that beside which the aim was set; None: in
 # the same run. An aim below 1 is a share of the peak.
@@ -178,20 +180,36 @@ def pairs(results: Path) -> str:
     return testbed.table(["", *(f"batch {n}" for n in batches)], lines) + f"\n\n{origin(found)}."
 
 
-def operators(results: Path) -> str:
-    """Milliseconds of operators, a line for each path."""
-    (found,) = read(results, "operators")
-    times: dict[tuple, dict] = {}
+def pixart(results: Path) -> str:
+    """Milliseconds of a forward of PixArt-Sigma, plain and grafted, at several sizes."""
+    (found,) = read(results, "pixart")
+    lines = []
     for row in found["rows"]:
-        line = times.setdefault((row["operator"], row["tokens"], row["path"]), {})
-        line[f"{row['mode']} {row['pass']}"] = f"{row['ms']:.2f}"
-    columns = list(dict.fromkeys(column for line in times.values() for column in line))
-    lines = [
-        [name, str(tokens), " + ".join(_name_of(part) for part in path.split(" + "))]
-        + [line.get(column, "") for column in columns]
-        for (name, tokens, path), line in times.items()
-    ]
-    return testbed.table(["operator", "tokens", "path", *columns], lines) + f"\n\n{origin(found)}."
+        for n, ms in row["latency_ms"].items():
+            plain = row["plain"]["latency_ms"][n]
+            lines.append([row["model"], n, f"{plain:.2f}", f"{ms:.2f}", f"{plain / ms:.2f}"])
+    columns = ["model", "batch", "published ms", "grafted ms", "times as fast"]
+    return testbed.table(columns, lines) + f"\n\n{origin(found)}."
+
+
+def operators(results: Path) -> str:
+    """Milliseconds of operators, a line for each path, a table for each run."""
+    tables = []
+    for kind in OPERATORS:
+        (found,) = read(results, f"operators_{kind}")
+        times: dict[tuple, dict] = {}
+        for row in found["rows"]:
+            line = times.setdefault((row["operator"], row["tokens"], row["path"]), {})
+            line[f"{row['mode']} {row['pass']}"] = f"{row['ms']:.2f}"
+        columns = list(dict.fromkeys(column for line in times.values() for column in line))
+        lines = [
+            [name, str(tokens), " + ".join(_name_of(part) for part in path.split(" + "))]
+            + [line.get(column, "") for column in columns]
+            for (name, tokens, path), line in sorted(times.items(), key=lambda item: item[0][:2])
+        ]
+        table = testbed.table(["operator", "tokens", "path", *columns], lines)
+        tables.append(f"{table}\n\n{origin(found)}.")
+    return "\n\n".join(tables)
 
 
 def _name_of(path: str) -> str:
@@ -224,6 +242,7 @@ SECTIONS = {
     "operators": operators,
     "distillation": distillation,
     "pairs": pairs,
+    "pixart": pixart,
 }
 
 

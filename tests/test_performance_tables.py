@@ -44,8 +44,13 @@ def results(tmp_path):
         "plain": {"latency_ms": {"1": 1.5, "2": 2.0}},
     }
     write("pairs", measured(row))
+    write("pixart", measured(row | {"model": "PixArt at 512 px"}))
     operator = {"operator": "swa", "tokens": 256, "mode": "eager"}
-    write("operators", measured(
+    for kind in ("hyena", "mamba2"):
+        path = {"hyena": "causal-conv1d", "mamba2": "causal-conv1d + mamba-ssm"}[kind]
+        row = {"operator": kind, "tokens": 64, "mode": "eager", "pass": "forward", "ms": 2.0}
+        write(f"operators_{kind}", measured(row | {"path": path}))
+    write("operators_swa", measured(
         operator | {"path": "torch", "pass": "forward", "ms": 1.5},
         operator | {"path": "triton", "pass": "forward", "ms": 1.0},
         operator | {"path": "triton", "pass": "training", "ms": 3.0},
@@ -73,7 +78,9 @@ def test_tables_say_what_was_measured(results, tmp_path):
         "| finetuning step, 8 | 9.0 |  |  |  |  |  | 1.5 | 0.8 |",
         "| 2 | bf16 | 8 | 100.0 | 25.0 | 4.0 |",
         "| times as fast | 1.50 | 1.00 |",
+        "| PixArt at 512 px | 1 | 1.50 | 1.00 | 1.50 |",
         "| swa | 256 | PyTorch | 1.50 |  |",
+        "| mamba2 | 64 | causal-conv1d + mamba-ssm | 2.00 |",
         "| swa | 256 | Triton | 1.00 | 3.00 |",
         "| whole step | 60.0 | 1000 |",
         "50.0 % of the teacher's rate (aim: 45 %); 8 000 images x 200 epochs in 0.44 hours",
@@ -91,7 +98,7 @@ def test_tables_say_what_was_measured(results, tmp_path):
     [
         ("pairs", None, "missing: measure it again, docs/performance.md has the command"),
         ("vae", "{", "is not whole JSON"),
-        ("finetune", "operators", "holds no rows of finetune: measure it again"),
+        ("finetune", "operators_swa", "holds no rows of finetune: measure it again"),
         ("selection", "finetune", "holds no rows of selection"),
         ("distill", "vae", "holds no rows of distill"),
         ("pairs", {"rows": [{"model": "a", "latency_ms": None}]}, "holds no rows of pairs"),
