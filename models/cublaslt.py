@@ -50,9 +50,10 @@ def linear(
 ) -> torch.Tensor:
     """x weight^T + bias for each member of a batch, or the tanh form of GELU of that.
 
-    The first call with new shapes, unless a CUDA graph is being captured, takes the first of the
-    ways that cuBLASLt recommends which works and is right. If there is none PyTorch computes it,
-    and a warning says so. Shapes are kept for the life of the process; not for several threads.
+    The first call with new shapes takes the first of the ways that cuBLASLt recommends which works
+    and is right; while a CUDA graph is being captured the first one, unchecked. If none works
+    PyTorch computes it, and a warning says so. Shapes are kept for the life of the process; not for
+    several threads.
 
     Args:
         x: [G,M,K], weight: [G,N,K], bias: [G,N]; bf16 on one GPU, K and N multiples of 8.

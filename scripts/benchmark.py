@@ -4,6 +4,7 @@
     python scripts/benchmark.py operators --operators mha swa --tokens 1024 4096 --json swa.json
     python scripts/benchmark.py distill --config configs/75p_hyena_y.yaml --batch 64
     python scripts/benchmark.py finetune --batch 8 32 128         # beside the published style
+    python scripts/benchmark.py finetune --batch 4 --config configs/mini/no_graft.yaml  # on a CPU
     python scripts/benchmark.py selection --config configs/75p_swa.yaml --batch 8 32
     python scripts/benchmark.py sampling --batch 32
     python scripts/benchmark.py vae --batch 64

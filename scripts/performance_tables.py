@@ -53,7 +53,7 @@ AIMS = {
 }
 # Of kernel_times.py; what is in none of these is "other"
 KINDS = ("products", "attention", "modulation", "GELU", "Inductor's own")
-KINDS += ("optimiser, averages, norms", "no kernel")
+KINDS += ("optimiser, averages, norms", "between processes", "no kernel")
 
 
 def read(results: Path, *names: str) -> list[dict]:
@@ -142,12 +142,15 @@ def origin(found: dict) -> str:
 def kernels(results: Path) -> str:
     """Where the time goes, of what was measured with --profile."""
     lines = []
-    for found in read(results, "finetune", "selection", "sampling"):
+    for name in ("finetune", "two_fp32", "two_bf16", "selection", "sampling", "vae"):
+        (found,) = read(results, name)
+        exchange = name.removeprefix("two_") if name.startswith("two_") else ""
         for _, row in sides(found):
             if kinds := row.get("kinds"):
                 other = sum(ms for kind, ms in kinds.items() if kind not in KINDS)
                 numbers = [*(kinds.get(kind) for kind in KINDS), other]
                 title = f"{WORKS[row['work']]}, {row['batch']}"
+                title += f", {found['processes']} GPUs, {exchange}" if exchange else ""
                 lines.append([title, *("" if ms is None else f"{ms:.1f}" for ms in numbers)])
     return testbed.table(["", *KINDS, "other"], lines)
 
@@ -188,7 +191,7 @@ def pixart(results: Path) -> str:
         for n, ms in row["latency_ms"].items():
             plain = row["plain"]["latency_ms"][n]
             lines.append([row["model"], n, f"{plain:.2f}", f"{ms:.2f}", f"{plain / ms:.2f}"])
-    columns = ["model", "batch", "published ms", "grafted ms", "times as fast"]
+    columns = ["model", "batch", "original ms", "grafted ms", "times as fast"]
     return testbed.table(columns, lines) + f"\n\n{origin(found)}."
 
 

@@ -57,7 +57,8 @@ class Mamba2(nn.Module):
     step sizes after the softplus; None (or infinity) as its second value means no upper bound.
     ValueError when `headdim` does not divide expand * d_model, or `ngroups` the number of heads.
 
-    `path` names what computes the scan: "torch", "triton" or "mamba-ssm" (accelerators.py chooses).
+    `path` names what computes the scan: "torch", "triton", which takes the norm too, or "mamba-ssm"
+    (accelerators.py chooses).
     """
 
     def __init__(
