@@ -94,7 +94,7 @@ def sides(found: dict) -> list[tuple[dict, dict]]:
 def steps(results: Path) -> str:
     """Work beside the published style, and what each file was measured with."""
     columns = ["work", "images", "published ms", "here ms", "ratio", "aim: ratio", "aim: ms"]
-    columns += ["TFLOP/s (of the peak)", "GiB published", "GiB here"]
+    columns += ["TFLOP/s (of the peak)", "ms at the peak", "GiB published", "GiB here"]
     lines, made = [], []
     for found in read(results, "finetune", "selection", "sampling", "vae"):
         for public, here in sides(found):
@@ -109,6 +109,7 @@ def steps(results: Path) -> str:
                     f"{here['ratio']:.1f}",
                     *aim(public, here),
                     f"{here['tflops']:.0f} ({100 * rate:.1f} %)" if rate else "",
+                    f"{here['ms'] * rate:.1f}" if rate else "",
                     *(memory(row) for row in (public, here)),
                 ]
             )
