@@ -73,12 +73,24 @@ def linear(
             raise RuntimeError("takes bf16 in widths of multiples of 8, at multiples of 16 bytes")
     out = x.new_empty((*x.shape[:2], weight.shape[1]))
     product = _product(x.device, *x.shape, weight.shape[1], gelu)
-    if not product.settled and not torch.cuda.is_current_stream_capturing():
-        product.settle(x.device)
+    new = not product.settled and not torch.cuda.is_current_stream_capturing()
+    if new and not product.settle(x.device):
+        warnings.warn(f"cuBLASLt has no product of {product.shapes}: PyTorch's", stacklevel=2)
     if not product.ways:
         return by_pytorch(x, weight, bias, gelu)
     product.run(product.ways[0], x, weight, bias, out)
     return out
+
+
+def refusal(device: torch.device) -> str:
+    """Why `linear` does not run on a device, or ""; on others than CUDA PyTorch stands for it."""
+    if device.type != "cuda":
+        return ""
+    try:
+        works = all(_product(device, 2, 96, 64, 128, gelu).settle(device) for gelu in (False, True))
+    except (OSError, AttributeError, RuntimeError) as failure:  # no such library, or another
+        return f"do not run here: {failure}".splitlines()[0]
+    return "" if works else "disagree with PyTorch's"
 
 
 def by_pytorch(
@@ -143,8 +155,8 @@ class _Product:
             ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream),
         )  # fmt: skip
 
-    def settle(self, device: torch.device) -> None:
-        """Keeps the first way that is right with random numbers, if one is."""
+    def settle(self, device: torch.device) -> bool:
+        """Keeps the first way that is right with random numbers -> whether there is one."""
         generator = torch.Generator(device).manual_seed(0)
         x, weight, bias = (
             torch.randn(shape, device=device, generator=generator).bfloat16()
@@ -161,8 +173,8 @@ class _Product:
                 continue
             if (out.float() - expected).norm() <= TOLERANCE * expected.norm():
                 self.ways = [way]
-                return
-        warnings.warn(f"cuBLASLt has no product of {self.shapes}: PyTorch's runs", stacklevel=2)
+                return True
+        return False
 
 
 _products: dict[tuple, _Product] = {}

@@ -15,7 +15,6 @@ from models.selection import GraftChoice, GraftPair
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = torch.finfo(FLOAT8).max
 FLOAT8_MULTIPLE = 16  # of widths, as the product needs it
-TOLERANCE = 1e-2  # of the check of stacked products, by the norm; bf16 in, bf16 out
 
 
 def quicken(model: nn.Module, dtype: torch.dtype, float8: bool = False) -> list[str]:
@@ -65,7 +64,7 @@ def stack_pairs(model: nn.Module) -> list[str]:
     """Gives a DiT's parallel pairs their stacked form, where there is one -> lines for the log."""
     if not model.merges:
         return []
-    reason = stacked_refusal(next(model.parameters()).device)
+    reason = cublaslt.refusal(next(model.parameters()).device)
     if reason:
         return [f"{TWO_PASSES} (stacked products {reason})"]
     apart = []
@@ -158,23 +157,6 @@ def stacked_linear(
 @stacked_linear.register_fake
 def _(x, weight, bias, gelu):
     return x.new_empty((*x.shape[:2], weight.shape[1]))
-
-
-def stacked_refusal(device: torch.device) -> str:
-    """Why there are no stacked products here, or ""."""
-    generator = torch.Generator(device).manual_seed(0)
-    shapes = (2, 96, 64), (2, 128, 64), (2, 128)
-    given = [torch.randn(s, device=device, generator=generator).bfloat16() for s in shapes]
-    for gelu in (False, True):
-        expected = cublaslt.by_pytorch(*(t.float() for t in given), gelu)
-        try:
-            found = stacked_linear(*given, gelu).float()
-        except (OSError, AttributeError, RuntimeError) as failure:  # no such library, or another
-            return f"do not run here: {failure}".splitlines()[0]
-        error = ((found - expected).norm() / expected.norm()).nan_to_num(torch.inf).item()
-        if error > TOLERANCE:
-            return f"disagree by {error:.0e}"
-    return ""
 
 
 class GeluLinear(nn.Module):

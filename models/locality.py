@@ -7,6 +7,7 @@ the same everywhere has `uniform_mass`.
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from math import isnan
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def default_band(num_tokens: int) -> int:
 def timestep_bins(bins: int) -> list[list[int]]:
     """First and last timestep of each of so many equal parts of 0..999."""
     edges = [-(-i * TIMESTEPS // bins) for i in range(bins + 1)]
-    return [[first, end - 1] for first, end in zip(edges, edges[1:], strict=False)]
+    return [[first, end - 1] for first, end in pairwise(edges)]
 
 
 def attention_rows(module: Attention, x: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:

@@ -1,13 +1,14 @@
 """models/inference.py on the CPU: what is prepared computes the same."""
 
 import ctypes
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import cublaslt, inference
+from models import cublaslt
 from models.dit import DiT
 from models.inference import Float8Linear, GeluLinear, quicken, stack, stack_pairs, to_float8
 from models.operators import build_operator
@@ -113,19 +114,38 @@ def test_blocks_with_other_operators_have_no_stack():
 
 def test_without_stacked_products_pairs_take_two_passes_and_say_why(monkeypatch):
     def fail(*given):
-        raise RuntimeError("cublasLtMatmul of cuBLASLt ends with status 15")
+        raise RuntimeError("cublasLtMatmulDescCreate of cuBLASLt ends with status 15")
 
-    monkeypatch.setattr(inference, "stacked_linear", fail)
+    why = cublaslt.refusal
+    monkeypatch.setattr(cublaslt, "refusal", lambda device: why(torch.device("cuda")))
+    monkeypatch.setattr(cublaslt, "_product", fail)
     model = tiny(((0, 1),))
     (said,) = stack_pairs(model)
     assert not model.stacks and said == (
-        "parallel pairs: two passes, one a block (stacked products do not run here: cublasLtMatmul "
-        "of cuBLASLt ends with status 15)"
+        "parallel pairs: two passes, one a block (stacked products do not run here: "
+        "cublasLtMatmulDescCreate of cuBLASLt ends with status 15)"
     )
-    monkeypatch.setattr(inference, "stacked_linear", lambda x, w, b, gelu: x @ w.mT)
+    monkeypatch.setattr(cublaslt, "_product", lambda *_: SimpleNamespace(settle=lambda _: False))
     (said,) = stack_pairs(model)
-    assert "(stacked products disagree by " in said
+    assert "(stacked products disagree with PyTorch's)" in said
     assert stack_pairs(tiny()) == []
+
+
+def test_products_keep_the_first_way_that_is_right(monkeypatch):
+    product = cublaslt._Product.__new__(cublaslt._Product)
+    product.shapes, product.gelu, ran = ((2, 5, 8), (2, 16, 8), (2, 16)), False, []
+
+    def run(self, way, x, weight, bias, out):
+        ran.append(way)
+        if way == "unsupported":
+            raise RuntimeError
+        out.copy_(cublaslt.by_pytorch(x, weight, bias, False) * (2 if way == "wrong" else 1))
+
+    monkeypatch.setattr(cublaslt._Product, "run", run)
+    for ways, kept in ((["unsupported", "wrong", "right", "more"], ["right"]), (["wrong"], [])):
+        product.ways = ways
+        assert product.settle(torch.device("cpu")) == bool(kept) and product.ways == kept
+    assert ran == ["unsupported", "wrong", "right", "wrong"]
 
 
 def test_cublaslt_is_told_what_its_header_says():

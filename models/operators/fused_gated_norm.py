@@ -4,6 +4,7 @@ A row is read once and written once in each direction; Inductor reads it two or 
 """
 
 from functools import cache
+from itertools import pairwise
 
 import torch
 
@@ -66,8 +67,8 @@ def _norm_backward(
 def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     """The same as rows at one distance, and that distance in elements."""
     *outer, width = x.shape
-    steps = [(n, step) for n, step in zip(outer, x.stride(), strict=False) if n > 1]
-    even = all(a == b * n for (_, a), (n, b) in zip(steps, steps[1:], strict=False))
+    steps = [(n, step) for n, step in zip(outer, x.stride()[:-1], strict=True) if n > 1]
+    even = all(a == b * n for (_, a), (n, b) in pairwise(steps))
     if not steps or x.stride(-1) != 1 or not even:
         return x.contiguous(), width
     return x, steps[-1][1]

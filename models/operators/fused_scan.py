@@ -173,8 +173,8 @@ def _walk(shape, values, xbc, sizes, sums, back: bool) -> torch.Tensor:
     """-> [B, links, heads, N, P] states at the links of chunks, or their gradients"""
     from models.operators import scan_kernels
 
-    parts, each, options = shape.divided("walk", shape.B)
-    each = _power_of_two(each)
+    _, each, options = shape.divided("walk", shape.B)
+    each = _power_of_two(each)  # as the width of its tiles has to be
     parts = -(-(shape.heads // shape.groups) // each)
     links = shape.B, shape.chunks - 1, shape.heads, shape.N, options["WIDTH"]
     states = xbc.new_empty(links)

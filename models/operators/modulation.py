@@ -8,6 +8,7 @@ here read and write everything once, forward and backward.
 """
 
 from functools import cache
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +86,7 @@ def _repeated(x: torch.Tensor, samples: int) -> torch.Tensor:
 
 def _check_fits(*counts: int) -> None:
     """Of samples, each a multiple of those before it."""
-    if any(more % few for few, more in zip(counts, counts[1:], strict=False)):
+    if any(more % few for few, more in pairwise(counts)):
         raise ValueError(f"{' and '.join(map(str, counts))} samples do not go together")
 
 

@@ -152,6 +152,25 @@ def walk(
         tl.store(states + place + to, state.to(states.dtype.element_ty), mask=(own < last)[None, :])
 
 
+@triton.jit
+def open_chunk(
+    xbc, tokens, chunks, heads, groups, group, place,
+    P: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Of a chunk: its tokens, those that there are, its first row, that row in xbc, a group's B and
+    C, and their products, of a target's C with the B of its sources."""
+    t = tl.arange(0, CHUNK)
+    inside = t < tokens - place % chunks * CHUNK
+    row = place // chunks * tokens + place % chunks * CHUNK
+    channels = heads * P + 2 * groups * N
+    xbc += row * channels
+    keys = xbc + heads * P + group * N
+    b = load_rows(keys, t, channels, inside, N)
+    c = load_rows(keys + groups * N, t, channels, inside, N)
+    meet = tl.where(t[:, None] >= t[None, :], tl.dot(c, tl.trans(b)), 0.0)
+    return t, inside, row, xbc, b, c, meet
+
+
 @triton.jit(do_not_specialize=["tokens", "chunks", "parts", "each"])
 def outputs(
     xbc, sizes, sums, states, skip, y,
@@ -163,14 +182,9 @@ def outputs(
     group, _, first, last, place = share(groups, parts, heads // groups, each)
     sample, chunk = place // chunks, place % chunks
     channels = heads * P + 2 * groups * N
-    t = tl.arange(0, CHUNK)
-    inside = t < tokens - chunk * CHUNK
-    row = sample * tokens + chunk * CHUNK
-    xbc += row * channels
-    keys = xbc + heads * P + group * N
-    b = load_rows(keys, t, channels, inside, N)
-    c = load_rows(keys + groups * N, t, channels, inside, N)
-    meet = tl.where(t[:, None] >= t[None, :], tl.dot(c, tl.trans(b)), 0.0)
+    t, inside, row, xbc, _, c, meet = open_chunk(
+        xbc, tokens, chunks, heads, groups, group, place, P, N, CHUNK
+    )
     link = (sample * (chunks - 1) + chunk - 1) * heads
     sums += place * heads * CHUNK
     sizes += place * heads * CHUNK
@@ -210,14 +224,9 @@ def gradients(
     sample, chunk = place // chunks, place % chunks
     half = xbc.dtype.element_ty
     channels = heads * P + 2 * groups * N
-    t = tl.arange(0, CHUNK)
-    inside = t < tokens - chunk * CHUNK
-    row = sample * tokens + chunk * CHUNK
-    xbc += row * channels
-    keys = xbc + heads * P + group * N
-    b = load_rows(keys, t, channels, inside, N)
-    c = load_rows(keys + groups * N, t, channels, inside, N)
-    meet = tl.where(t[:, None] >= t[None, :], tl.dot(c, tl.trans(b)), 0.0)
+    t, inside, row, xbc, b, c, meet = open_chunk(
+        xbc, tokens, chunks, heads, groups, group, place, P, N, CHUNK
+    )
     dmeet = tl.zeros((CHUNK, CHUNK), tl.float32)
     db = tl.zeros((CHUNK, N), tl.float32)
     dc = tl.zeros((CHUNK, N), tl.float32)
